@@ -1,0 +1,75 @@
+# make help says what each target does. Every target sets up .venv by itself when it is missing or older than the
+# requirements. Variables pass through: make train BASE=models/v1-5-pruned.ckpt DATA=data/fill50k ARGS="--batch-size 4"
+
+PYTHON ?= python3
+PY := .venv/bin/python
+BASE ?=
+DATA ?=
+OUT ?=
+ARGS ?=
+MODEL ?= runs/demo
+HINT ?= runs/demo/hint.png
+PROMPT ?= light sea green circle with dark salmon background
+HUB := https://huggingface.co
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train sample data pretrain merge bench test lint format fill50k sd15 clean
+
+help:  ## list the targets
+	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## /  \1\t/' | expand -t 12
+
+.venv/.run: requirements.txt
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@echo "setting up .venv (once; PyTorch is large)"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/.dev: requirements-dev.txt .venv/.run
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+setup: .venv/.run  ## make .venv with what training needs
+
+train: .venv/.run  ## train a ControlNet: the demo, or BASE= DATA= [OUT=] [ARGS=]
+	$(PY) train.py $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+sample: .venv/.run  ## draw with a trained one: [MODEL=] [HINT=] [PROMPT=] [OUT=] [ARGS=]
+	$(PY) sampler.py --model $(MODEL) --hint $(HINT) --prompt "$(PROMPT)" $(if $(OUT),--out $(OUT)) $(ARGS)
+
+data: .venv/.run  ## make the demo's data set, data/circles
+	$(PY) circles.py make data/circles --count 3000 --size 128 --seed 0
+
+pretrain: .venv/.run  ## make models/tiny_sd.safetensors, the demo's base, from nothing (about an hour on two cores)
+	$(PY) pretrain.py $(ARGS)
+
+merge: .venv/.run  ## attach a ControlNet to a Stable Diffusion file: BASE= OUT= [ARGS=]
+	$(PY) merge.py attach $(BASE) $(OUT) $(ARGS)
+
+bench: .venv/.run  ## measure the training step on this machine: [ARGS=]
+	$(PY) bench.py $(or $(ARGS),step)
+
+test: .venv/.dev  ## lint, then all tests
+	@$(PY) -m ruff check --quiet . && $(PY) -m ruff format --check --quiet .
+	$(PY) -m pytest $(ARGS)
+
+lint: .venv/.dev  ## ruff alone
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+format: .venv/.dev  ## let ruff put the code in form
+	$(PY) -m ruff check --fix . && $(PY) -m ruff format .
+
+fill50k: data/fill50k/prompt.json  ## download Fill50K into data/fill50k
+
+data/fill50k/prompt.json:
+	mkdir -p data
+	curl -fL -C - -o data/fill50k.zip $(HUB)/lllyasviel/ControlNet/resolve/main/training/fill50k.zip
+	$(PYTHON) -m zipfile -e data/fill50k.zip data
+
+sd15: models/v1-5-pruned.ckpt  ## download Stable Diffusion 1.5 (7.7 GB) into models
+
+models/v1-5-pruned.ckpt:
+	curl -fL -C - -o $@.partial $(HUB)/stable-diffusion-v1-5/stable-diffusion-v1-5/resolve/main/v1-5-pruned.ckpt
+	mv $@.partial $@
+
+clean:  ## remove .venv, caches and the demo's run (data sets and other runs stay)
+	rm -rf .venv .pytest_cache .ruff_cache __pycache__ tests/__pycache__ data/.cache runs/demo

@@ -1,0 +1,320 @@
+"""How weights come from files and go to files: safe readers, atomic writers, run folders.
+
+The file format is the original key names (`model.diffusion_model.*`, `first_stage_model.*`, `cond_stage_model.*`,
+`control_model.*`), whatever container they come in. Two rules hold everywhere:
+
+- Nothing that is read runs code. A `.ckpt` is a pickle, and a pickle is a program: it names functions and calls them.
+  Our unpickler resolves a short list of names, each to a harmless function of this module, and refuses the rest.
+- Files are whole or absent. Writers fill a temporary name, flush it to the disk, and rename.
+
+Reading maps the file where it can: tensors are views of the page cache, and weights that are never touched are never
+loaded.
+"""
+
+import json
+import mmap
+import os
+import pickle
+import shutil
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+
+class CheckpointError(ValueError):
+    """A file that cannot be used; the message names it and says why, in one line."""
+
+
+# ----------------------------------------------------------------------------------------------------------- reading
+def load_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a weight file under their original key names.
+
+    `path`: `.safetensors`, or `.ckpt`/`.pth`/`.pt`/`.bin` in PyTorch's zip or its older format; a state dict nested
+    under the key `state_dict` is unwrapped. safetensors and zip files are memory-mapped, not copied.
+    Raises CheckpointError (one line) when the file is missing, damaged, unsafe or holds no tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: {'is a folder, not a weight file' if path.is_dir() else 'no such file'}")
+    with open(path, "rb") as f:
+        head = f.read(16)
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        content = _read_zip(path) if head[:4] == b"PK\x03\x04" else _read_legacy(path)
+    except CheckpointError:
+        raise
+    except Exception as e:  # damaged in one of a hundred ways: the reason matters less than the file's name
+        raise CheckpointError(f"{path}: damaged, or not a weight file ({type(e).__name__}: {e})") from e
+    while isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no tensors")
+    return tensors
+
+
+def load_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata of a safetensors file; empty for files of other kinds."""
+    if Path(path).suffix != ".safetensors":
+        return {}
+    with safetensors.safe_open(path, framework="pt") as f:
+        return f.metadata() or {}
+
+
+class _Inert:
+    """What a class that we do not load becomes: an object that accepts everything and does nothing. Hashable."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def __setstate__(self, state: Any):
+        pass
+
+
+class _Call:
+    """A function that a pickle may call but not alter (the pickle language can set attributes of what it holds)."""
+
+    __slots__ = ("function",)
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    def __setstate__(self, state: Any):
+        raise pickle.UnpicklingError("a function with a state")
+
+
+def _rebuild_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
+    """A view of a storage; torch refuses one that would reach past its end."""
+    return storage.as_strided(size, stride, offset)
+
+
+def _numpy_scalar(dtype: np.dtype, data: bytes) -> Any:
+    if dtype.hasobject:
+        raise pickle.UnpicklingError("a numpy scalar of objects")
+    return np.frombuffer(data, dtype=dtype, count=1)[0]
+
+
+def _numpy_dtype(name: str, *_: Any) -> np.dtype:
+    dtype = np.dtype(str(name))
+    if dtype.hasobject:
+        raise pickle.UnpicklingError("a numpy dtype of objects")
+    return dtype
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    return str(text).encode("latin1" if encoding in ("latin1", "latin-1") else "utf-8")
+
+
+STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGES.values()}
+# Every name that a pickle may use, and the harmless thing that it gets. (`torch` names are added below.)
+ALLOWED: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("builtins", "set"): set,
+    ("__builtin__", "set"): set,
+    ("_codecs", "encode"): _Call(_encode),
+    ("torch._utils", "_rebuild_tensor_v2"): _Call(_rebuild_tensor),
+    ("torch._utils", "_rebuild_tensor"): _Call(_rebuild_tensor),
+    ("torch._utils", "_rebuild_parameter"): _Call(lambda data, *_: data),
+    ("numpy.core.multiarray", "scalar"): _Call(_numpy_scalar),
+    ("numpy._core.multiarray", "scalar"): _Call(_numpy_scalar),
+    ("numpy", "dtype"): _Call(_numpy_dtype),
+    **{("torch", name): dtype for name, dtype in (STORAGES | DTYPES).items()},
+}
+
+
+class _SafeUnpickler(pickle.Unpickler):
+    """Resolves the names in ALLOWED and nothing else; names of pytorch_lightning become inert objects."""
+
+    def __init__(self, file: Any, path: Path, storage: Callable[..., Tensor] | None = None):
+        super().__init__(file, encoding="latin1")
+        self.path, self.storage = path, storage
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in ALLOWED:
+            return ALLOWED[module, name]
+        if module == "pytorch_lightning" or module.startswith("pytorch_lightning."):
+            return _Inert
+        raise CheckpointError(
+            f"{self.path}: refused, its pickle asks for {module}.{name}, which no weights need and which could run code"
+        )
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        if self.storage is None or not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
+            raise CheckpointError(f"{self.path}: refused, a persistent id that is no tensor storage")
+        _, dtype, key, _, count = pid[:5]
+        if not isinstance(dtype, torch.dtype) or not isinstance(count, int) or count < 0:
+            raise CheckpointError(f"{self.path}: refused, a storage of no known type")
+        return self.storage(dtype, str(key), count)
+
+
+def _map_file(path: Path) -> mmap.mmap:
+    with open(path, "rb") as f:
+        return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)  # private: nothing we do reaches the file
+
+
+def _view(buffer: mmap.mmap, dtype: torch.dtype, offset: int, count: int) -> Tensor:
+    if count == 0:
+        return torch.empty(0, dtype=dtype)
+    if offset % dtype.itemsize:
+        return torch.frombuffer(bytearray(buffer[offset : offset + count * dtype.itemsize]), dtype=dtype)
+    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset)
+
+
+def _read_zip(path: Path) -> Any:
+    """PyTorch's zip format: `NAME/data.pkl`, and each storage, stored uncompressed, as `NAME/data/KEY`."""
+    buffer = _map_file(path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {info.filename: info for info in archive.infolist()}
+        main = [name for name in entries if name.endswith("data.pkl") and name.count("/") <= 1]
+        if len(main) != 1:
+            raise CheckpointError(f"{path}: a zip file, but not one that torch.save wrote (no data.pkl)")
+        if entries[main[0]].file_size > 1 << 30:
+            raise CheckpointError(f"{path}: refused, its data.pkl claims {entries[main[0]].file_size} bytes")
+        prefix = main[0].removesuffix("data.pkl")
+        views: dict[str, Tensor] = {}
+
+        def storage(dtype: torch.dtype, key: str, count: int) -> Tensor:
+            if key not in views:
+                info = entries.get(f"{prefix}data/{key}")
+                if info is None or info.compress_type != zipfile.ZIP_STORED:
+                    raise CheckpointError(f"{path}: damaged, storage {key} is missing or compressed")
+                name_length, extra_length = struct.unpack_from("<HH", buffer, info.header_offset + 26)
+                start = info.header_offset + 30 + name_length + extra_length
+                if count * dtype.itemsize > info.file_size or start + info.file_size > len(buffer):
+                    raise CheckpointError(f"{path}: damaged, storage {key} is cut short")
+                views[key] = _view(buffer, dtype, start, count)
+            return views[key]
+
+        with archive.open(main[0]) as f:
+            return _SafeUnpickler(f, path, storage).load()
+
+
+def _read_legacy(path: Path) -> Any:
+    """The format before PyTorch 1.6: five pickles in a row (magic, version, system, object, storage keys), then, for
+    each key, the number of elements and the elements. The storages come last: they are made first and filled then."""
+    made: dict[str, Tensor] = {}
+
+    def storage(dtype: torch.dtype, key: str, count: int) -> Tensor:
+        if key not in made:
+            if count * dtype.itemsize > size:
+                raise CheckpointError(f"{path}: damaged, storage {key} claims more bytes than the file has")
+            made[key] = torch.empty(count, dtype=dtype)
+        return made[key]
+
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        if _SafeUnpickler(f, path).load() != 0x1950A86A20F9469CFC6C:
+            raise CheckpointError(f"{path}: not a weight file that torch.save wrote")
+        _SafeUnpickler(f, path).load()  # protocol version
+        _SafeUnpickler(f, path).load()  # byte order and integer sizes of the writer
+        content = _SafeUnpickler(f, path, storage).load()
+        for key in _SafeUnpickler(f, path).load():
+            tensor = made[str(key)]
+            (count,) = struct.unpack("<q", f.read(8))
+            data = f.read(count * tensor.element_size())
+            if count != tensor.numel() or len(data) != count * tensor.element_size():
+                raise CheckpointError(f"{path}: damaged, storage {key} is cut short")
+            if count:
+                tensor.copy_(torch.frombuffer(bytearray(data), dtype=tensor.dtype))
+    return content
+
+
+# ----------------------------------------------------------------------------------------------------------- writing
+def _flush(path: Path) -> None:
+    """Push a file's (or a folder's) bytes to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it, and rename it: `path` is whole or as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        _flush(partial)
+        partial.replace(path)
+        _flush(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save_safetensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors (any device and memory order; saved contiguous) and string metadata to `path`, atomically."""
+    plain = {k: v.detach().contiguous() for k, v in tensors.items()}
+    write_atomically(path, lambda p: safetensors.torch.save_file(plain, p, metadata=dict(metadata or {})))
+
+
+def save_json(path: str | Path, value: Any) -> None:
+    write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+# ------------------------------------------------------------------------------------------------------- run folders
+def write_folder(path: str | Path, files: Mapping[str, Callable[[Path], None]]) -> None:
+    """Make folder `path` from functions that write its files: all of them are there, or the folder is not."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for name, write in files.items():
+            write_atomically(partial / name, write)
+        if path.exists():  # the same step saved again after a resume
+            shutil.rmtree(path)
+        partial.replace(path)
+        _flush(path.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def list_checkpoints(run: str | Path) -> list[Path]:
+    """The whole checkpoints of a run folder, oldest first."""
+    return sorted(p for p in (Path(run) / "checkpoints").glob("step-*") if p.is_dir() and p.suffix != ".partial")
+
+
+def load_run(run: str | Path) -> dict[str, Any]:
+    """A run's configuration, as train.py wrote it to `config.json`."""
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{run}: a folder, but not of a training run (it has no config.json)")
+    return json.loads(path.read_text())
+
+
+def newest(run: str | Path) -> Path:
+    """The newest whole checkpoint of a run."""
+    checkpoints = list_checkpoints(run)
+    if not checkpoints:
+        raise CheckpointError(f"{run}: no checkpoint in it")
+    return checkpoints[-1]

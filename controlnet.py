@@ -1,0 +1,295 @@
+"""ControlNet: a trainable copy of the UNet's encoder that steers the locked UNet through zero convolutions.
+
+The copy reads the same noisy latents, timestep and prompt as the UNet, plus a *hint* image. What it finds at every
+level leaves it through a 1x1 convolution that starts at zero, and is added to the skips that the UNet's decoder reads:
+
+    hint (B,C,H,W) --input_hint_block--> (B,c,H/8,W/8) --+
+    x_t --first block--------------------------------> (+) --encoder copy--> 13 features --zero convs--> 13 residuals
+
+Because of the zeros, the attached model computes exactly what the base computes, bit for bit, until training moves
+them; nothing the base knows is ever lost. Follows Zhang et al. 2023 (arXiv:2302.05543).
+
+`ControlLDM` is the whole model, the four parts (UNet, ControlNet, VAE, text tower) under the names they have in
+checkpoints; `MODELS` the table of the models that the project knows.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+from checkpoint import CheckpointError
+from clip_text import CLIPTextModel, TextConfig, Tokenizer, clip_spelling
+from unet import UNet, UNetConfig, UNetEncoder, zero_module
+from vae import AutoencoderKL, VAEConfig, sample_posterior
+
+HINT_WIDTHS = (16, 32, 96, 256)  # channels of the hint encoder at full, half, quarter and eighth size
+
+
+class ControlNet(UNetEncoder):
+    """The trainable copy. `hint_channels`: channels of the hint image; `hint_widths`: of the hint encoder's layers."""
+
+    def __init__(
+        self, config: UNetConfig, hint_channels: int = 3, hint_widths: tuple[int, int, int, int] = HINT_WIDTHS
+    ):
+        super().__init__(config)
+        self.hint_channels, self.hint_widths = hint_channels, tuple(hint_widths)
+        w = hint_widths
+        self.input_hint_block = nn.Sequential(
+            nn.Conv2d(hint_channels, w[0], 3, padding=1), nn.SiLU(),  # (B,16,H,W)
+            nn.Conv2d(w[0], w[0], 3, padding=1), nn.SiLU(),
+            nn.Conv2d(w[0], w[1], 3, padding=1, stride=2), nn.SiLU(),  # (B,32,H/2,W/2)
+            nn.Conv2d(w[1], w[1], 3, padding=1), nn.SiLU(),
+            nn.Conv2d(w[1], w[2], 3, padding=1, stride=2), nn.SiLU(),  # (B,96,H/4,W/4)
+            nn.Conv2d(w[2], w[2], 3, padding=1), nn.SiLU(),
+            nn.Conv2d(w[2], w[3], 3, padding=1, stride=2), nn.SiLU(),  # (B,256,H/8,W/8)
+            zero_module(nn.Conv2d(w[3], config.model_channels, 3, padding=1)),  # (B,model_channels,H/8,W/8)
+        )  # fmt: skip
+        self.zero_convs = nn.ModuleList(nn.Sequential(zero_module(nn.Conv2d(c, c, 1))) for c in self.skip_channels)
+        c = self.skip_channels[-1]
+        self.middle_block_out = nn.Sequential(zero_module(nn.Conv2d(c, c, 1)))
+
+    @classmethod
+    def from_unet(
+        cls, unet: UNet, hint_channels: int = 3, hint_widths: tuple[int, int, int, int] = HINT_WIDTHS, seed: int = 0
+    ) -> "ControlNet":
+        """A ControlNet whose encoder is a copy of `unet`'s; the hint encoder is initialised from `seed`."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            control = cls(unet.config, hint_channels, hint_widths)
+        own = control.state_dict()
+        missing, _ = control.load_state_dict({k: v for k, v in unet.state_dict().items() if k in own}, strict=False)
+        new = ("input_hint_block.", "zero_convs.", "middle_block_out.")
+        assert all(k.startswith(new) for k in missing), missing
+        return control
+
+    def forward(
+        self, x: Tensor, hint: Tensor, timesteps: Tensor, context: Tensor, only_mid_control: bool = False
+    ) -> list[Tensor]:
+        """x (B,4,h,w), hint (B,hint_channels,8h,8w) in [0,1], timesteps (B,), context (B,77,D) -> 13 residuals.
+
+        They come shallow to deep, the middle block's last. With `only_mid_control` the middle block's alone is
+        computed, in a list of one.
+        """
+        guided = self.input_hint_block(hint.to(self.dtype))
+        h, skips, _ = self.encode(x, timesteps, context, guided)
+        residuals = [] if only_mid_control else [conv(s) for conv, s in zip(self.zero_convs, skips, strict=True)]
+        return [*residuals, self.middle_block_out(h)]
+
+
+# -------------------------------------------------------------------------------------------- the models that there are
+@dataclass(frozen=True)
+class ModelConfig:
+    """One row of the table: the shapes of the four parts, and the constants they were trained with."""
+
+    name: str
+    unet: UNetConfig = UNetConfig()
+    vae: VAEConfig = VAEConfig()
+    text: TextConfig = TextConfig()
+    pad: str = "end"  # what prompts are padded with: "end" (SD 1.x) or "zero" (SD 2.x)
+    prediction: str = "eps"  # what the UNet says: the noise ("eps") or the velocity ("v")
+    scale_factor: float = 0.18215  # latents are the VAE's times this
+    linear_start: float = 0.00085  # the noise schedule's betas go from here ...
+    linear_end: float = 0.012  # ... to here, linear in their square roots
+    timesteps: int = 1000
+    hint_widths: tuple[int, int, int, int] = HINT_WIDTHS
+    guidance: float = 9.0  # the guidance scale that suits this model
+    resolution: int = 512  # the size that it was trained at
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "ModelConfig":
+        fields = json.loads(text)
+        tuples = lambda d: {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
+        parts = {"unet": UNetConfig, "vae": VAEConfig, "text": TextConfig}
+        return cls(**tuples({k: parts[k](**tuples(v)) if k in parts else v for k, v in fields.items()}))
+
+    @property
+    def multiple(self) -> int:
+        """What the sides of an image must be multiples of: 64 for Stable Diffusion."""
+        return 2 ** (len(self.vae.ch_mult) - 1) * 2 ** (len(self.unet.channel_mult) - 1)
+
+
+_SD2 = dict(
+    unet=UNetConfig(context_dim=1024, num_heads=None, num_head_channels=64, use_linear_in_transformer=True),
+    text=TextConfig(width=1024, layers=24, heads=16, mlp_width=4096, activation="gelu", penultimate=True),
+    pad="zero",
+)
+_TINY = dict(
+    unet=UNetConfig(
+        model_channels=48,
+        channel_mult=(1, 2, 2),
+        num_res_blocks=1,
+        attention_resolutions=(2, 4),
+        context_dim=64,
+        num_heads=None,
+        num_head_channels=24,
+        norm_groups=4,
+    ),
+    vae=VAEConfig(ch=16, ch_mult=(1, 1, 2, 4), num_res_blocks=1, norm_groups=1),
+    text=TextConfig(width=64, layers=2, heads=4, mlp_width=256),
+    scale_factor=1.0,
+    hint_widths=(8, 16, 32, 64),
+    guidance=4.0,
+    resolution=128,
+)
+
+SD15 = ModelConfig("sd15")
+SD21 = ModelConfig("sd21", **_SD2)
+SD21_V = ModelConfig("sd21_v", **_SD2, prediction="v", resolution=768)
+TINY = ModelConfig("tiny", **_TINY)
+MODELS = {model.name: model for model in (SD15, SD21, SD21_V, TINY)}
+
+# Where the parts are in a checkpoint.
+UNET, CONTROL, VAE, TEXT = "model.diffusion_model.", "control_model.", "first_stage_model.", "cond_stage_model."
+
+
+def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The keys that start with `prefix`, without it."""
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def detect(path: str | Path, state: dict[str, Tensor]) -> ModelConfig:
+    """Which model a file holds: from its metadata (`config`, as this project writes it), otherwise from its shapes."""
+    if text := checkpoint.load_metadata(path).get("config"):
+        return ModelConfig.from_json(text)
+    first = state.get(UNET + "input_blocks.0.0.weight")
+    attention = state.get(UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
+    if first is None or attention is None:
+        raise CheckpointError(f"{path}: no Stable Diffusion UNet in it (keys like {UNET}input_blocks.0.0.weight)")
+    if first.shape[1] != 4:
+        raise CheckpointError(
+            f"{path}: a UNet with {first.shape[1]} input channels (inpainting has 9); 4 are supported"
+        )
+    models = {768: SD15, 1024: SD21}
+    if attention.shape[1] not in models or first.shape[0] != 320:
+        raise CheckpointError(
+            f"{path}: a UNet of {first.shape[0]} channels with prompts of width {attention.shape[1]}; supported are "
+            "SD 1.x (320 and 768), SD 2.x (320 and 1024), and models made by pretrain.py"
+        )
+    return models[attention.shape[1]]
+
+
+# ------------------------------------------------------------------------------------------------------ the whole model
+class ControlLDM(nn.Module):
+    """UNet, ControlNet, VAE and text tower; `state_dict()` has the key names of a checkpoint file.
+
+    `control_model` is None for a base model without ControlNet.
+    """
+
+    def __init__(self, config: ModelConfig, hint_channels: int | None = 3):
+        super().__init__()
+        self.config = config
+        self.model = nn.Module()
+        self.model.diffusion_model = UNet(config.unet)
+        self.control_model = (
+            None if hint_channels is None else ControlNet(config.unet, hint_channels, config.hint_widths)
+        )
+        self.first_stage_model = AutoencoderKL(config.vae)
+        self.cond_stage_model = nn.Module()
+        self.cond_stage_model.transformer = CLIPTextModel(config.text)
+        self.tokenizer = Tokenizer(config.pad)
+
+    @property
+    def unet(self) -> UNet:
+        return self.model.diffusion_model
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        return self.first_stage_model
+
+    @property
+    def text(self) -> CLIPTextModel:
+        return self.cond_stage_model.transformer
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.time_embed[0].weight.device
+
+    @classmethod
+    def from_file(
+        cls, path: str | Path, attach: bool = False, hint_channels: int | None = None, prediction: str | None = None,
+        seed: int = 0,
+    ) -> "ControlLDM":  # fmt: skip
+        """Build the model that `path` holds.
+
+        `path`: a Stable Diffusion file, with ControlNet or without, or the folder of a training run, which stands for
+        its base file with the newest checkpoint's weights over it. `attach`: where there is no ControlNet, add a new
+        one, with `hint_channels` (default 3) and its hint encoder initialised from `seed`. `prediction` ("eps" or "v")
+        overrides what shapes cannot tell (SD 2.1 at 768 px is "v").
+        """
+        path = Path(path)
+        trained: dict[str, Tensor] = {}
+        if path.is_dir():
+            run_config = checkpoint.load_run(path)
+            trained = checkpoint.load_state_dict(checkpoint.newest(path) / "trained.safetensors")
+            prediction = prediction or run_config.get("prediction")
+            path = Path(run_config["base"])
+        state = checkpoint.load_state_dict(path)
+        config = detect(path, state)
+        state |= trained
+        if prediction:
+            config = dataclasses.replace(config, prediction=prediction)
+        control = part(state, CONTROL)
+        if control:
+            first = control.get("input_hint_block.0.weight")
+            if first is None:
+                raise CheckpointError(f"{path}: its ControlNet lacks input_hint_block.0.weight")
+            if hint_channels not in (None, first.shape[1]):
+                raise CheckpointError(
+                    f"{path}: its ControlNet takes hints of {first.shape[1]} channels, not {hint_channels}"
+                )
+            widths = tuple(control[f"input_hint_block.{i}.weight"].shape[0] for i in (0, 4, 8, 12))
+            config = dataclasses.replace(config, hint_widths=widths)
+            hint_channels = first.shape[1]
+        with torch.device("meta"):
+            model = cls(config, hint_channels if control else None)
+        parts = [(UNET, model.unet), (VAE, model.vae), (TEXT, model.text)]
+        parts += [(CONTROL, model.control_model)] if control else []
+        for prefix, module in parts:
+            load_part(path, module, part(state, prefix), prefix)
+        if attach and not control:
+            model.control_model = ControlNet.from_unet(model.unet, hint_channels or 3, config.hint_widths, seed)
+        return model.requires_grad_(False).eval()
+
+    def encode_prompts(self, prompts: str | list[str]) -> Tensor:
+        """B prompts -> context (B,77,D)."""
+        return self.text(self.tokenizer(prompts).to(self.device))
+
+    def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """Draw latents (B,4,h,w), scaled for the UNet, from the VAE's moments with standard normal `noise`."""
+        return sample_posterior(moments, noise) * self.config.scale_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B,4,h,w) -> image (B,3,8h,8w) in [-1,1]."""
+        return self.vae.decode((latents / self.config.scale_factor).to(self.vae.quant_conv.weight.dtype)).clamp(-1, 1)
+
+    def predict(
+        self, x: Tensor, timesteps: Tensor, context: Tensor, hint: Tensor | None = None, only_mid_control: bool = False
+    ) -> Tensor:
+        """What the steered UNet says of x (B,4,h,w): eps or v, as `config.prediction` names it."""
+        control = None
+        if hint is not None and self.control_model is not None:
+            control = self.control_model(x, hint, timesteps, context, only_mid_control)
+        return self.unet(x, timesteps, context, control, only_mid_control)
+
+
+def load_part(path: Path, module: nn.Module, state: dict[str, Tensor], prefix: str) -> None:
+    """Put a part's tensors, as float32, into `module` (on the meta device); say in one line what does not fit."""
+    own = module.state_dict()
+    if isinstance(module, CLIPTextModel):
+        state = clip_spelling(state)
+    missing = sorted(own.keys() - state.keys())
+    wrong = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
+    if missing:
+        raise CheckpointError(f"{path}: {len(missing)} of {len(own)} weights under {prefix} missing, as {missing[0]}")
+    if wrong:
+        k = wrong[0]
+        raise CheckpointError(f"{path}: {prefix}{k} is {list(state[k].shape)}, should be {list(own[k].shape)}")
+    module.load_state_dict({k: state[k].float().clone() for k in own}, assign=True)

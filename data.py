@@ -1,0 +1,524 @@
+"""Where (hint, target, prompt) triples come from, and how they get to the training loop.
+
+On disk a data set is Fill50K's layout: `prompt.json`, one JSON object a line, with `source` (the hint image), `target`
+and `prompt`. In memory it is any array-like of `dict(jpg, txt, hint)`: jpg (H,W,3) float32 in [-1,1], txt a string,
+hint (H,W,C) float32 in [0,1]. The asymmetric ranges are the ControlNet tutorial's.
+
+    folder --Fill50K-->  image(i), hint(i), prompt(i), key(i)  <--Triples-- your own array-like
+                              |
+                              +-- Cache: VAE moments and text contexts, computed once, kept on disk, memory-mapped
+                              |
+                           Samples: sample n of a run, all its randomness a function of (seed, n) --> DataLoader
+
+    python data.py show DIR 1234       the length, one pair's prompt and shapes, and the pair as a picture
+    python data.py check DIR           every problem of every row, at once
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+RESAMPLE = {"area": Image.Resampling.BOX, "nearest": Image.Resampling.NEAREST, "bicubic": Image.Resampling.BICUBIC}
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+class DataError(ValueError):
+    """Something in a data set that cannot be trained on; the message names the file, the line and what to do."""
+
+
+# ------------------------------------------------------------------------------------------------------------ images
+def read_image(path: str | Path, channels: int | None = 3) -> np.ndarray:
+    """(H,W,channels) uint8. Pictures give 1, 3 or 4 channels; `.npy` files ((H,W,C), uint8 or float in [0,1]) any.
+
+    `channels` None takes what is there (pictures: 3).
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".npy":
+            array = np.load(path, allow_pickle=False)
+            array = array[..., None] if array.ndim == 2 else array
+            array = array if array.dtype == np.uint8 else (array.clip(0, 1) * 255).round().astype(np.uint8)
+            if array.ndim != 3 or channels not in (None, array.shape[2]):
+                raise DataError(f"{path}: is {array.shape}, should be (height, width, {channels})")
+            return array
+        with Image.open(path) as image:
+            return _pixels(image, path, channels or 3)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such image") from None
+    except OSError as e:
+        raise DataError(f"{path}: not a readable image ({e})") from e
+
+
+def _pixels(image: Image.Image, path: Path, channels: int) -> np.ndarray:
+    if channels not in MODES:
+        raise DataError(
+            f"{path}: a picture has 1, 3 or 4 channels; for {channels} give .npy files of (height, width, {channels})"
+        )
+    array = np.asarray(image.convert(MODES[channels]))
+    return array[..., None] if array.ndim == 2 else array
+
+
+def resize(array: np.ndarray, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
+    """(H,W,C) -> (height,width,C), same dtype: scaled to cover `size` (width, height), and its middle cut out."""
+    height, width = array.shape[:2]
+    if (width, height) == tuple(size):
+        return array
+    scale = min(width / size[0], height / size[1])  # source pixels a target pixel
+    w, h = size[0] * scale, size[1] * scale
+    box = ((width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2)
+    if array.dtype == np.uint8 and array.shape[2] in (3, 4):
+        return np.asarray(Image.fromarray(array).resize(size, resample, box=box))
+    planes = [
+        Image.fromarray(np.ascontiguousarray(array[..., c])).resize(size, resample, box=box)
+        for c in range(array.shape[2])
+    ]
+    return np.stack([np.asarray(plane) for plane in planes], axis=-1)
+
+
+def parse_resolution(text: str) -> tuple[int, int]:
+    """ "512" -> (512, 512), "512x768" -> (512, 768): width, height."""
+    try:
+        sides = [int(side) for side in str(text).lower().split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2) or min(sides) < 1:
+        raise DataError(f"a resolution is N or WxH (512, 512x768), not {text!r}")
+    return sides[0], sides[-1]
+
+
+def fit_size(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """The size nearest to `size` (width, height) whose sides `multiple` divides, at least one multiple each."""
+    return tuple(max(multiple, round(side / multiple) * multiple) for side in size)
+
+
+def same_shape(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    """Have two sizes (width, height) the same aspect ratio, to within the rounding of a pixel?"""
+    return abs(a[0] * b[1] - b[0] * a[1]) < max(*a, *b)
+
+
+def read_json(path: str | Path) -> Any:
+    return json.loads(Path(path).read_text())
+
+
+# ---------------------------------------------------------------------------------------------------- data-set layouts
+EMPTY = "the prompt is empty"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of prompt.json; `line` counts from 1."""
+
+    line: int
+    source: Path
+    target: Path
+    prompt: str
+
+
+def read_rows(root: str | Path) -> tuple[list[Row], list[str]]:
+    """The rows of `root`/prompt.json and the problems that reading them alone shows (no image is opened)."""
+    root = Path(root)
+    file = root / "prompt.json"
+    if not file.is_file():
+        hint = (
+            "no such folder"
+            if not root.is_dir()
+            else "no prompt.json in it: one JSON object a line, with source, target, prompt"
+        )
+        raise DataError(f"{root}: {hint}")
+    rows, problems = [], []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as e:
+            problems.append(f"{where}: not JSON ({e.msg} at column {e.colno})")
+            continue
+        wrong = [
+            k
+            for k in ("source", "target", "prompt")
+            if not isinstance(entry, dict) or not isinstance(entry.get(k), str)
+        ]
+        if wrong:
+            problems.append(f"{where}: lacks the text {' and '.join(wrong)}")
+            continue
+        paths = [root / entry["source"], root / entry["target"]]
+        outside = [str(p) for p in paths if not p.resolve().is_relative_to(root.resolve())]
+        if outside:
+            problems.append(f"{where}: {outside[0]} leaves the folder")
+            continue
+        if not entry["prompt"].strip():
+            problems.append(f"{where}: {EMPTY}")
+        rows.append(Row(number, *paths, entry["prompt"]))
+    return rows, problems
+
+
+class Fill50K:
+    """A folder in Fill50K's layout as an array-like of `dict(jpg, txt, hint)`.
+
+    `size` (width, height): every pair is scaled to cover it and the same middle is cut out of both (None: as it is).
+    The target is scaled with antialiasing; the hint by area, or `nearest` for label maps. With `strict`, bad rows raise
+    DataError (an empty prompt is allowed in training); without, they are left out and told of in `problems`.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        size: tuple[int, int] | None = None,
+        hint_channels: int | None = 3,
+        hint_resample: str = "area",
+        strict: bool = True,
+    ):
+        self.root, self.size, self.hint_channels = Path(root), size, hint_channels
+        self.hint_filter = RESAMPLE[hint_resample]
+        self.rows, self.problems = read_rows(root)
+        bad = [p for p in self.problems if not p.endswith(EMPTY)]
+        if bad and strict:
+            more = f" (and {len(bad) - 1} more: python data.py check {root})" if len(bad) > 1 else ""
+            raise DataError(bad[0] + more)
+        if not self.rows and (strict or not self.problems):
+            raise DataError(f"{root}: prompt.json has no rows")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return dict(jpg=self.image(i), txt=self.prompt(i), hint=self.hint(i))
+
+    def prompt(self, i: int) -> str:
+        return self.rows[i].prompt
+
+    def sizes(self, i: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(width, height) of hint and target as they are on disk; DataError if their aspect ratios differ."""
+        row = self.rows[i]
+        hint, target = (_size_of(path, row, self.root) for path in (row.source, row.target))
+        if not same_shape(hint, target):
+            raise DataError(
+                f"{self.root / 'prompt.json'}, line {row.line}: {row.source.name} is {hint[0]}x{hint[1]} but "
+                f"{row.target.name} is {target[0]}x{target[1]} ({row.source}, {row.target}); hint and target must have "
+                "the same aspect ratio"
+            )
+        return hint, target
+
+    def image(self, i: int) -> np.ndarray:
+        """Target i: (H,W,3) float32 in [-1,1]."""
+        self.sizes(i)
+        array = self._load(i, self.rows[i].target, 3, Image.Resampling.LANCZOS)
+        return array.astype(np.float32) / 127.5 - 1
+
+    def hint(self, i: int) -> np.ndarray:
+        """Hint i: (H,W,hint_channels) float32 in [0,1]."""
+        self.sizes(i)
+        return self._load(i, self.rows[i].source, self.hint_channels, self.hint_filter).astype(np.float32) / 255
+
+    def key(self, i: int) -> bytes:
+        """What target i depends on: the bytes of its file and the size it is brought to."""
+        try:
+            content = self.rows[i].target.read_bytes()
+        except OSError as e:
+            raise DataError(f"{self.root / 'prompt.json'}, line {self.rows[i].line}: {e.filename}: {e.strerror}") from e
+        return digest(content, self.size)
+
+    def _load(self, i: int, path: Path, channels: int, resample: Image.Resampling) -> np.ndarray:
+        try:
+            array = read_image(path, channels)
+        except DataError as e:
+            raise DataError(f"{self.root / 'prompt.json'}, line {self.rows[i].line}: {e}") from e
+        return array if self.size is None else resize(array, self.size, resample)
+
+
+def _size_of(path: Path, row: Row, root: Path) -> tuple[int, int]:
+    try:
+        if path.suffix == ".npy":
+            height, width = np.load(path, mmap_mode="r", allow_pickle=False).shape[:2]
+            return width, height
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, ValueError) as e:
+        what = "no such image" if isinstance(e, FileNotFoundError) else f"not a readable image ({e})"
+        raise DataError(f"{root / 'prompt.json'}, line {row.line}: {path}: {what}") from e
+
+
+class Triples:
+    """Your own array-like of `dict(jpg, txt, hint)` with the methods that training asks for.
+
+    Items whose sides are not `size` (width, height) are scaled and cut like files. Raises DataError naming the item
+    when shapes or ranges are not the documented ones.
+    """
+
+    def __init__(
+        self,
+        dataset: Sequence[dict[str, Any]],
+        size: tuple[int, int],
+        hint_channels: int = 3,
+        hint_resample: str = "area",
+    ):
+        self.dataset, self.size, self.hint_channels = dataset, size, hint_channels
+        self.hint_filter = RESAMPLE[hint_resample]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        item = self.dataset[i]
+        lacking = [k for k in ("jpg", "txt", "hint") if k not in item]
+        if lacking:
+            raise DataError(f"item {i} of the data set lacks {lacking[0]!r} (it needs jpg, txt and hint)")
+        jpg = self._array(i, "jpg", item["jpg"], 3, -1.0)
+        hint = self._array(i, "hint", item["hint"], self.hint_channels, 0.0)
+        a, b = jpg.shape[1::-1], hint.shape[1::-1]
+        if not same_shape(a, b):
+            raise DataError(
+                f"item {i} of the data set: jpg is {a[0]}x{a[1]} but hint is {b[0]}x{b[1]}; same aspect ratio needed"
+            )
+        return dict(
+            jpg=resize(jpg, self.size, Image.Resampling.LANCZOS).clip(-1, 1),
+            txt=str(item["txt"]),
+            hint=resize(hint, self.size, self.hint_filter),
+        )
+
+    def image(self, i: int) -> np.ndarray:
+        return self[i]["jpg"]
+
+    def hint(self, i: int) -> np.ndarray:
+        return self[i]["hint"]
+
+    def prompt(self, i: int) -> str:
+        return str(self.dataset[i]["txt"])
+
+    def key(self, i: int) -> bytes:
+        return digest(self[i]["jpg"].tobytes(), self.size)
+
+    @staticmethod
+    def _array(i: int, name: str, value: Any, channels: int, low: float) -> np.ndarray:
+        array = np.asarray(value, dtype=np.float32)
+        if array.ndim != 3 or array.shape[2] != channels:
+            raise DataError(f"item {i} of the data set: {name} is {array.shape}, should be (height, width, {channels})")
+        if array.min() < low - 1e-3 or array.max() > 1 + 1e-3:
+            span = f"{array.min():.3g}..{array.max():.3g}"
+            raise DataError(f"item {i} of the data set: {name} spans {span}, should lie in [{low:g}, 1]")
+        return array
+
+
+def digest(*parts: Any) -> bytes:
+    """16 bytes that stand for `parts` (bytes, or anything whose repr says all)."""
+    h = hashlib.blake2b(digest_size=16)
+    for p in parts:
+        p = p if isinstance(p, bytes) else repr(p).encode()
+        h.update(len(p).to_bytes(8, "little") + p)
+    return h.digest()
+
+
+def mix(*parts: Any) -> int:
+    """A seed (63 bits) that is a function of `parts`: streams of different parts are independent."""
+    return int.from_bytes(digest(*parts)[:8], "little") >> 1
+
+
+# ----------------------------------------------------------------------------------------------- cache of frozen work
+class Cache:
+    """Rows of equal shape on disk, found by key: what the frozen VAE or text tower made of an input.
+
+    Two files that only grow: `NAME.bin` holds the rows, `NAME.keys` the 16-byte key of each, written after its row.
+    What an interruption left half-written is cut off at the next start. Writers hold a lock, so runs can share a cache.
+    """
+
+    def __init__(self, folder: str | Path, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32):
+        self.folder, self.shape, self.dtype = Path(folder), tuple(shape), dtype
+        self.row_bytes = int(np.prod(shape)) * dtype.itemsize
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.rows_file, self.keys_file = self.folder / f"{name}.bin", self.folder / f"{name}.keys"
+        self.lock_file = self.folder / f"{name}.lock"
+        self._map: np.memmap | None = None
+        self.index: dict[bytes, int] = {}
+        self._read_index()
+
+    def _read_index(self) -> None:
+        keys = self.keys_file.read_bytes() if self.keys_file.exists() else b""
+        stored = self.rows_file.stat().st_size // self.row_bytes if self.rows_file.exists() else 0
+        count = min(len(keys) // 16, stored)
+        self.index = {keys[16 * i : 16 * i + 16]: i for i in range(count)}
+        self._count, self._map = count, None
+
+    def fill(self, keys: Sequence[bytes], compute: Callable[[list[int]], Tensor], batch: int, what: str) -> None:
+        """Compute the rows whose keys are not there yet: `compute(positions in keys) -> (len, *shape)`.
+
+        Raises DataError when the disk cannot hold them. Shows a progress bar named `what`.
+        """
+        if all(key in self.index for key in keys):
+            return
+        with self._locked():
+            self._read_index()  # another run may have filled some meanwhile
+            missing = list({key: i for i, key in enumerate(keys) if key not in self.index}.values())
+            need, free = len(missing) * self.row_bytes, shutil.disk_usage(self.folder).free
+            if need > free:
+                raise DataError(
+                    f"{self.folder}: the cache of {what} needs {need / 2**30:.1f} GiB, the disk has "
+                    f"{free / 2**30:.1f}; point --cache-dir elsewhere, or train with --no-cache"
+                )
+            with open(self.rows_file, "ab") as rows, open(self.keys_file, "ab") as names:
+                rows.truncate(self._count * self.row_bytes)
+                names.truncate(self._count * 16)
+                with tqdm(total=len(missing), desc=f"caching {what}", unit="row", disable=None) as bar:
+                    for start in range(0, len(missing), batch):
+                        chunk = missing[start : start + batch]
+                        made = compute(chunk).to("cpu", self.dtype).contiguous()
+                        assert made.shape == (len(chunk), *self.shape), (made.shape, self.shape)
+                        rows.write(made.view(torch.uint8).numpy().tobytes())
+                        rows.flush()
+                        names.write(b"".join(keys[i] for i in chunk))
+                        names.flush()
+                        bar.update(len(chunk))
+            self._read_index()
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with open(self.lock_file, "w") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            yield
+
+    def __getitem__(self, key: bytes) -> Tensor:
+        if self._map is None:
+            self._map = np.memmap(self.rows_file, np.uint8, "r", shape=(self._count, self.row_bytes))
+        return torch.from_numpy(np.array(self._map[self.index[key]])).view(self.dtype).view(self.shape)
+
+
+# -------------------------------------------------------------------------------------------------------- to the loop
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng(mix("order", seed, epoch)).permutation(count)
+
+
+class Samples(torch.utils.data.Dataset):
+    """Sample n of a run, n counting over all its steps, ranks and micro-batches.
+
+    Its item, timestep and noises depend on (seed, n) alone, so neither the split into batches nor an interruption
+    changes what sample n is. Each is a dict of CPU tensors: hint (C,H,W), noise and posterior (4,h,w), timestep (), and
+    `moments` (2z,h,w) and `context` (77,D) from the caches, or `image` (3,H,W) and `prompt` where there is none.
+    """
+
+    def __init__(
+        self,
+        triples: Fill50K | Triples,
+        indices: Sequence[int],
+        seed: int,
+        latent_shape: tuple[int, int, int],
+        timestep_of: Callable[[float], int],
+        latents: tuple[Cache, list[bytes]] | None = None,
+        contexts: Cache | None = None,
+    ):
+        self.triples, self.indices, self.seed, self.latent_shape = triples, list(indices), seed, latent_shape
+        self.timestep_of, self.latents, self.contexts = timestep_of, latents, contexts
+
+    def index(self, n: int) -> int:
+        """Which item of the data set sample n is: every epoch goes through all of them in an order of its own."""
+        epoch, position = divmod(n, len(self.indices))
+        return self.indices[_order(self.seed, epoch, len(self.indices))[position]]
+
+    def item(self, i: int) -> dict[str, Any]:
+        """The part of a sample that is not random."""
+        out: dict[str, Any] = {"hint": to_tensor(self.triples.hint(i))}
+        if self.latents is not None:
+            cache, keys = self.latents
+            out["moments"] = cache[keys[i]]
+        else:
+            out["image"] = to_tensor(self.triples.image(i))
+        prompt = self.triples.prompt(i)
+        if self.contexts is not None:
+            out["context"] = self.contexts[digest(prompt)]
+        else:
+            out["prompt"] = prompt
+        return out
+
+    def __getitem__(self, n: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(mix("sample", self.seed, n))
+        u = torch.rand((), generator=generator, dtype=torch.float64).item()
+        return self.item(self.index(n)) | {
+            "timestep": torch.tensor(self.timestep_of(u)),
+            "noise": torch.randn(self.latent_shape, generator=generator),
+            "posterior": torch.randn(self.latent_shape, generator=generator),
+        }
+
+
+def to_tensor(array: np.ndarray) -> Tensor:
+    """(H,W,C) array -> (C,H,W) tensor."""
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+
+
+def batches(samples: Samples, start: int, stop: int, batch: int, workers: int = 0, pin: bool = False) -> Iterator[dict]:
+    """Samples start..stop-1 in order, `batch` at a time, collated; loaded ahead by `workers` processes."""
+    loader = torch.utils.data.DataLoader(
+        samples, batch_size=batch, sampler=range(start, stop), num_workers=workers, pin_memory=pin,
+        prefetch_factor=4 if workers else None, persistent_workers=False,
+    )  # fmt: skip
+    return iter(loader)
+
+
+# --------------------------------------------------------------------------------------------------------------- CLI
+def show(root: str, number: int, out: str | Path) -> None:
+    """Print the data set's length and pair `number`'s prompt and shapes; save the pair side by side."""
+    dataset = Fill50K(root)
+    if not -len(dataset) <= number < len(dataset):
+        raise DataError(f"{root}: has rows 0..{len(dataset) - 1}, no {number}")
+    item = dataset[number]
+    print(len(dataset), item["txt"], item["jpg"].shape, item["hint"].shape, sep="\n")
+    hint, target = (item["hint"] * 255).round().astype(np.uint8), ((item["jpg"] + 1) * 127.5).round().astype(np.uint8)
+    hint = resize(hint, target.shape[1::-1], RESAMPLE["nearest"])
+    Image.fromarray(np.concatenate([hint, target], axis=1)).save(out)
+    print(f"hint and target in {out}")
+
+
+def check(root: str) -> tuple[int, list[str]]:
+    """How many rows of `root` can be read, and all problems of all rows."""
+    dataset = Fill50K(root, hint_channels=None, strict=False)
+    problems = dataset.problems
+    for i in tqdm(range(len(dataset)), desc=f"checking {root}", unit="row", disable=None):
+        for read in (dataset.image, dataset.hint):
+            try:
+                read(i)
+            except DataError as e:
+                problems.append(str(e))
+                break
+    return len(dataset), problems
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Look at a data set, or check all of it.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("show", help="print one pair's prompt and shapes, and save it as a picture")
+    p.add_argument("dir", help="a folder with prompt.json")
+    p.add_argument("number", nargs="?", type=int, default=0, help="which pair, from 0")
+    p.add_argument("--out", default="pair.png", help="where to save hint and target side by side (default pair.png)")
+    p = commands.add_parser("check", help="read every row and report all problems; exit status 1 if there are any")
+    p.add_argument("dir", help="a folder with prompt.json")
+    args = parser.parse_args(argv)
+    if args.command == "show":
+        show(args.dir, args.number, args.out)
+        return 0
+    rows, problems = check(args.dir)
+    for problem in problems:
+        print(problem)
+    print(f"{args.dir}: {rows} rows, {len(problems)} problem{'s' * (len(problems) != 1)}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (DataError, OSError) as e:
+        sys.exit(f"data.py: {e}")

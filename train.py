@@ -1,0 +1,626 @@
+"""Train a ControlNet: the whole loop, top to bottom.
+
+    python train.py                                             the demo: circles on the tiny base that ships
+    python train.py --base sd15.safetensors --data data/fill50k --out runs/fill50k
+    python train.py --resume runs/fill50k                       go on where it stopped
+
+A step draws latents, noise them to a random timestep, lets the ControlNet steer the locked UNet, and compares what the
+UNet says with the noise. Whatever is frozen is computed once (`data.Cache`); whatever is random is a function of
+(seed, sample number), so a run that was stopped and resumed is the run that was not. A run is a folder: `config.json`,
+`metrics.jsonl`, `curves.png`, `image_log/`, `checkpoints/`. Follows Zhang et al. 2023 (arXiv:2302.05543).
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoint
+import circles
+import data
+import log
+import sampler
+from checkpoint import CheckpointError
+from controlnet import ControlLDM
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TINY_BASE = Path(__file__).parent / "models" / "tiny_sd.safetensors"
+
+
+# ----------------------------------------------------------------------------------------------------- configuration
+def setting(default: Any, group: str, text: str, choices: Sequence[str] | None = None) -> Any:
+    return field(default=default, metadata={"group": group, "help": text, "choices": choices})
+
+
+@dataclass
+class Config:
+    """Every setting of a run; each is a flag of the same name. Defaults are the ControlNet tutorial's."""
+
+    base: str = setting("", "what to train", "Stable Diffusion file to attach a ControlNet to (or one that has it)")
+    data: str = setting("", "what to train", "folder with prompt.json, source/ and target/ (Fill50K's layout)")
+    out: str = setting("", "what to train", "the run's folder (default: runs/ and the data folder's name)")
+    resolution: str = setting("", "what to train", "size of the images, N or WxH (default: the first target's)")
+    hint_channels: int = setting(3, "what to train", "channels of the hint images: 1, 3, 4; others from .npy files")
+    hint_resample: str = setting(
+        "area", "what to train", "how hints are resized; nearest is for label maps", ("area", "nearest")
+    )
+    prediction: str = setting(
+        "", "what to train", "v for SD 2.1 at 768 px, which its file cannot tell", ("", "eps", "v")
+    )
+
+    sd_locked: bool = setting(True, "what is trained", "off: the UNet's decoder trains too; use a rate of 2e-6 then")
+    only_mid_control: bool = setting(False, "what is trained", "steer through the middle block alone: fast, weak")
+
+    steps: int = setting(10_000, "optimisation", "optimizer steps in all")
+    batch_size: int = setting(4, "optimisation", "samples that are computed at once (a micro-batch)")
+    accumulate_grad_batches: int = setting(
+        1, "optimisation", "micro-batches a step: 4 of them are a batch 4 times as large"
+    )
+    learning_rate: float = setting(1e-5, "optimisation", "of AdamW")
+    warmup_steps: int = setting(0, "optimisation", "steps over which the learning rate rises from 0")
+    weight_decay: float = setting(1e-2, "optimisation", "of AdamW")
+    clip_grad_norm: float = setting(0.0, "optimisation", "largest norm of the gradient; 0 turns clipping off")
+    timestep_bias: float = setting(
+        1.0, "optimisation", "t = 1000 u^bias: below 1 more high-noise timesteps; 1 is uniform"
+    )
+    precision: str = setting("fp32", "optimisation", "of the computation; trained weights stay fp32", tuple(DTYPES))
+    seed: int = setting(0, "optimisation", "all randomness is a function of it and of the sample's number")
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "optimisation", "where to compute")
+
+    cache: bool = setting(True, "frozen work", "compute the VAE's and text tower's outputs once; off: at every step")
+    cache_dir: str = setting("data/.cache", "frozen work", "where they are kept; runs share them")
+    encode_batch_size: int = setting(8, "frozen work", "images that the VAE encodes at once")
+    workers: int = setting(
+        2 if torch.cuda.is_available() else 0, "frozen work", "processes that load samples ahead; 0: none"
+    )
+
+    logger_freq: int = setting(
+        300, "watching", "steps between image logs and measurements of the control gain; 0: never"
+    )
+    checkpoint_freq: int = setting(1000, "watching", "steps between checkpoints (there is always one at the end)")
+    keep_checkpoints: int = setting(2, "watching", "how many of the newest are kept; 0: all")
+    validation: int = setting(8, "watching", "samples held out to watch (of small data sets a tenth, at least 2)")
+    log_images: int = setting(4, "watching", "of these, how many are drawn in the image log")
+    log_steps: int = setting(50, "watching", "denoising steps of the image log")
+    guidance: float = setting(0.0, "watching", "guidance scale of the image log; 0: what suits the model (9 for SD)")
+
+    @property
+    def batch(self) -> int:
+        """Samples a step."""
+        return self.batch_size * self.accumulate_grad_batches
+
+
+# What `python train.py` alone does.
+DEMO = dict(
+    base=str(TINY_BASE),
+    data="data/circles",
+    out="runs/demo",
+    steps=700,
+    batch_size=16,
+    learning_rate=1e-3,
+    warmup_steps=20,
+    timestep_bias=0.6,
+    weight_decay=0.0,
+    clip_grad_norm=1.0,
+    logger_freq=50,
+    log_steps=20,
+    validation=16,
+)
+DEMO_DATA = dict(count=3000, size=128, seed=0)
+FIXED_ON_RESUME = ("base", "data", "resolution", "hint_channels", "hint_resample", "prediction", "seed")
+
+
+# -------------------------------------------------------------------------------------------------------------- loss
+def diffusion_loss(
+    model: ControlLDM,
+    latents: Tensor,
+    context: Tensor,
+    hint: Tensor,
+    timesteps: Tensor,
+    noise: Tensor,
+    only_mid_control: bool = False,
+) -> Tensor:
+    """Per-sample loss (B,), float32: the mean square of what the steered UNet gets wrong.
+
+    latents (B,4,h,w), scaled; context (B,77,D); hint (B,C,8h,8w) in [0,1]; timesteps (B,) int64; noise (B,4,h,w). The
+    target is the noise, or the velocity for v models. The locked encoder has no parameter that requires a gradient and
+    so leaves no graph behind; of the locked decoder only what its activations' gradient needs is kept.
+    """
+    alphas = sampler.alphas_cumprod(model.config, latents.device)[timesteps]
+    x_t = sampler.q_sample(latents, noise, alphas)
+    predicted = model.predict(x_t, timesteps, context, hint, only_mid_control)
+    target = noise if model.config.prediction == "eps" else sampler.velocity(latents, noise, alphas)
+    return F.mse_loss(predicted.float(), target.float(), reduction="none").flatten(1).mean(1)
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """The rate of step `step` (from 0): rises over the warm-up, then constant. A function of the step alone."""
+    return config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
+
+
+# ------------------------------------------------------------------------------------------------------- what trains
+def choose_trained(model: ControlLDM, config: Config) -> dict[str, torch.nn.Parameter]:
+    """The parameters that train, by checkpoint name; they and only they require a gradient.
+
+    The ControlNet, without its 12 outer zero convolutions under `only_mid_control`; with SD unlocked the UNet's
+    decoder (`output_blocks`, `out`) too.
+    """
+    model.requires_grad_(False)
+    trained = {}
+    for name, p in model.named_parameters():
+        control = name.startswith("control_model.")
+        idle = config.only_mid_control and name.startswith("control_model.zero_convs.")
+        decoder = name.startswith(("model.diffusion_model.output_blocks.", "model.diffusion_model.out."))
+        if (control and not idle) or (decoder and not config.sd_locked):
+            trained[name] = p.requires_grad_(True)
+    return trained
+
+
+# -------------------------------------------------------------------------------------------------------------- data
+@dataclass
+class Prepared:
+    """The data set as the loop reads it."""
+
+    samples: data.Samples
+    validation: list[int]  # indices of the held-out items
+    uncond: Tensor  # (77,D): the context of the empty prompt
+
+
+def prepare(config: Config, model: ControlLDM, dataset: Sequence | None) -> Prepared:
+    """Open the data set, settle its size, hold out the validation items, and fill the caches."""
+    multiple = model.config.multiple
+    if dataset is None:
+        raw = data.Fill50K(config.data, hint_channels=config.hint_channels)
+        native = raw.sizes(0)[1]
+    else:
+        native = tuple(dataset[0]["jpg"].shape[1::-1])
+    wanted = data.parse_resolution(config.resolution) if config.resolution else native
+    size = data.fit_size(wanted, multiple)
+    if size != native or size != wanted:
+        print(
+            f"images are brought from {native[0]}x{native[1]} to {size[0]}x{size[1]} "
+            f"(this UNet needs multiples of {multiple})"
+        )
+    config.resolution = f"{size[0]}x{size[1]}"
+    if dataset is None:
+        triples = data.Fill50K(config.data, size, config.hint_channels, config.hint_resample)
+    else:
+        triples = data.Triples(dataset, size, config.hint_channels, config.hint_resample)
+
+    count = len(triples)
+    if count < 2:
+        raise data.DataError("the data set has 1 item; it takes 2 to see whether a hint makes a difference")
+    held = max(2, min(config.validation, count // 10))
+    train = range(count - held) if count > 2 * held else range(count)  # a handful: nothing to spare
+    validation = list(range(count - held, count))
+
+    latents = contexts = None
+    with torch.no_grad():
+        uncond = model.encode_prompts("")[0].float().cpu()
+        if config.cache:
+            latents, contexts = fill_caches(config, model, triples, size)
+            model.vae.cpu()
+            model.text.cpu()
+    factor = model.vae.factor
+    shape = (model.config.unet.in_channels, size[1] // factor, size[0] // factor)
+    total = model.config.timesteps
+    timestep_of = TimestepOf(config.timestep_bias, total)
+    return Prepared(
+        data.Samples(triples, train, config.seed, shape, timestep_of, latents, contexts), validation, uncond
+    )
+
+
+@dataclass(frozen=True)
+class TimestepOf:
+    """u, uniform in [0,1) -> timestep: total * u^bias, rounded down."""
+
+    bias: float
+    total: int
+
+    def __call__(self, u: float) -> int:
+        return min(self.total - 1, int(self.total * u**self.bias))
+
+
+def fill_caches(
+    config: Config, model: ControlLDM, triples: data.Fill50K | data.Triples, size: tuple[int, int]
+) -> tuple[tuple[data.Cache, list[bytes]], data.Cache]:
+    """Latent moments of every target and the context of every prompt, from disk or computed now."""
+    root, vae, text = Path(config.cache_dir), model.vae, model.text
+    dtype, device = vae.quant_conv.weight.dtype, model.device
+    keys = [
+        triples.key(i)
+        for i in tqdm(range(len(triples)), desc="reading targets", unit="image", disable=None, leave=False)
+    ]
+    if isinstance(triples, data.Triples) and triples.key(0) != keys[0]:
+        raise data.DataError(
+            "the data set gives another image each time it is asked for item 0: use --no-cache (cache=False)"
+        )
+    shape = (2 * model.config.vae.z_channels, size[1] // vae.factor, size[0] // vae.factor)
+    latents = data.Cache(root / f"latents-{fingerprint(vae)}", f"{size[0]}x{size[1]}", shape, dtype)
+
+    def encode(positions: list[int]) -> Tensor:
+        images = torch.stack([data.to_tensor(triples.image(i)) for i in positions])
+        return vae.moments(images.to(device, dtype))
+
+    latents.fill(keys, encode, config.encode_batch_size, "latents")
+    prompts = list(dict.fromkeys(triples.prompt(i) for i in range(len(triples))))
+    width = model.config.text.width
+    contexts = data.Cache(root / f"contexts-{fingerprint(text)}", "prompts", (77, width), dtype)
+    contexts.fill(
+        [data.digest(p) for p in prompts], lambda at: model.encode_prompts([prompts[i] for i in at]), 64, "prompts"
+    )
+    return (latents, keys), contexts
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """A short name for a module's weights and precision: caches of other weights are other caches."""
+    parts = (p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for p in module.state_dict().values())
+    weights = data.digest(*(data.digest(part) for part in parts))
+    return data.digest(weights, str(next(module.parameters()).dtype), repr(module.config)).hex()[:16]
+
+
+def to_device(model: ControlLDM, batch: dict[str, Any], device: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A batch of samples -> latents, context, hint, timesteps, noise, as `diffusion_loss` takes them."""
+    move = lambda x: x.to(device, non_blocking=True)
+    with torch.no_grad():
+        if "moments" in batch:
+            moments = move(batch["moments"])
+        else:
+            moments = model.vae.moments(move(batch["image"]).to(model.vae.quant_conv.weight.dtype))
+        context = move(batch["context"]) if "context" in batch else model.encode_prompts(batch["prompt"])
+        latents = model.latents(moments.float(), move(batch["posterior"]))
+    return latents, context, move(batch["hint"]), move(batch["timestep"]), move(batch["noise"])
+
+
+# ---------------------------------------------------------------------------------------------------------- watching
+class Watch:
+    """The fixed validation batch: how much do the hints help, and what does it look like?"""
+
+    def __init__(self, config: Config, model: ControlLDM, prepared: Prepared):
+        self.config, self.prepared = config, prepared
+        samples = prepared.samples
+        items = [samples.item(i) for i in prepared.validation]
+        rounds = max(1, math.ceil(16 / len(items)))  # at least 16 measurements, at timesteps spread over the schedule
+        count = rounds * len(items)
+        generator = torch.Generator().manual_seed(data.mix("validation", config.seed))
+        self.batches = []
+        for r in range(rounds):
+            at = torch.arange(r * len(items), (r + 1) * len(items))
+            noise = torch.randn((2, len(items), *samples.latent_shape), generator=generator)
+            extra = {
+                "timestep": ((at + 0.5) * model.config.timesteps / count).long(),
+                "noise": noise[0],
+                "posterior": noise[1],
+            }
+            self.batches.append(torch.utils.data.default_collate(items) | extra)
+
+    @torch.no_grad()
+    def losses(self, model: ControlLDM) -> tuple[float, float]:
+        """Mean loss with the right hints, and with the hints of other samples."""
+        size = self.config.batch_size
+        sums = [0.0, 0.0]
+        for batch in self.batches:
+            latents, context, hint, timesteps, noise = to_device(model, batch, self.config.device)
+            for k, given in enumerate((hint, hint.roll(1, dims=0))):
+                for part in zip(*(x.split(size) for x in (latents, context, given, timesteps, noise)), strict=True):
+                    sums[k] += diffusion_loss(model, *part, self.config.only_mid_control).sum().item()
+        count = sum(len(batch["timestep"]) for batch in self.batches)
+        return sums[0] / count, sums[1] / count
+
+    @torch.no_grad()
+    def draw(self, model: ControlLDM, path: Path) -> None:
+        """Save the grid of the validation items: control, prediction, ground truth, reconstruction, prompt."""
+        config, samples = self.config, self.prepared.samples
+        count = min(config.log_images, len(self.prepared.validation))
+        chosen = self.prepared.validation[:count]
+        batch = {k: v[:count] for k, v in self.batches[0].items()}
+        latents, context, hint, _, _ = to_device(model, batch, config.device)
+        size = tuple(side * model.vae.factor for side in latents.shape[:1:-1])
+        drawn = []
+        for i in range(0, count, config.batch_size):
+            part = slice(i, i + config.batch_size)
+            negative = self.prepared.uncond.to(context).expand_as(context[part])
+            drawn.append(
+                sampler.sample(
+                    model,
+                    context[part],
+                    negative,
+                    hint[part],
+                    size,
+                    config.log_steps,
+                    config.guidance or None,
+                    config.seed,
+                    i,
+                    only_mid_control=config.only_mid_control,
+                )
+            )
+        home = next(model.vae.parameters()).device  # after caching the VAE rests on the CPU
+        model.vae.to(config.device)
+        log.save_grid(
+            path,
+            {
+                "control": [log.hint_image(h) for h in hint],
+                "prediction": log.to_uint8(torch.cat([model.decode(z) for x in drawn for z in x.split(1)])),
+                "ground truth": [log.to_uint8(data.to_tensor(samples.triples.image(i))[None])[0] for i in chosen],
+                "reconstruction": log.to_uint8(torch.cat([model.decode(z) for z in latents.split(1)])),
+            },
+            [samples.triples.prompt(i) for i in chosen],
+        )
+        model.vae.to(home)
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+def save(run: Path, config: Config, model: ControlLDM, trained: dict, optimizer: Any, scaler: Any, step: int) -> Path:
+    """Write `checkpoints/step-XXXXXX`, whole or not at all, then drop the oldest beyond those to keep."""
+    names = {id(p): name for name, p in trained.items()}
+    moments = {f"{k}:{names[id(p)]}": v for p, state in optimizer.state.items() for k, v in state.items()}
+    # all of the ControlNet, also what does not train in this mode, and the decoder if it trains
+    weights = {k: v for k, v in model.state_dict().items() if k.startswith("control_model.") or k in trained}
+    metadata = {"config": model.config.to_json(), "step": str(step), "sd_locked": json.dumps(config.sd_locked)}
+    plain = lambda tensors: {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    state = {
+        "step": step,
+        "samples": step * config.batch,
+        "scaler": scaler.state_dict(),
+        "config": dataclasses.asdict(config),
+    }
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    checkpoint.write_folder(
+        folder,
+        {
+            "trained.safetensors": lambda p: save_file(plain(weights), p, metadata),
+            "optimizer.safetensors": lambda p: save_file(plain(moments), p),
+            "state.json": lambda p: p.write_text(json.dumps(state, indent=2) + "\n"),
+        },
+    )
+    if config.keep_checkpoints:
+        for old in checkpoint.list_checkpoints(run)[: -config.keep_checkpoints]:
+            shutil.rmtree(old)
+    return folder
+
+
+def restore(folder: Path, trained: dict[str, torch.nn.Parameter], optimizer: Any, scaler: Any) -> dict[str, Any]:
+    """Bring the optimizer back to a checkpoint (the weights came with the model). Parameters that did not train then
+    start afresh. Returns the checkpoint's `state.json`."""
+    state = data.read_json(folder / "state.json")
+    scaler.load_state_dict(state["scaler"])
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, value in checkpoint.load_state_dict(folder / "optimizer.safetensors").items():
+        kind, name = key.split(":", 1)
+        moments.setdefault(name, {})[kind] = value
+    for name, p in trained.items():
+        if name in moments:  # into the parameter's own memory order: fused AdamW walks both together
+            optimizer.state[p] = {
+                k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v.clone().to(p.device)
+                for k, v in moments[name].items()
+            }
+    fresh = len(trained.keys() - moments.keys())
+    if fresh:
+        print(f"{fresh} of {len(trained)} trained tensors did not train before; their optimizer state starts afresh")
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------------- the loop
+def train(config: Config, dataset: Sequence[dict[str, Any]] | None = None, resume: str | Path | None = None) -> Path:
+    """Train as `config` says and return the run's folder.
+
+    `dataset`: any array-like of dict(jpg (H,W,3) float32 in [-1,1], txt, hint (H,W,C) float32 in [0,1]), instead of the
+    folder `config.data`. `resume`: a run's folder to go on with; it is then also where the results go. Raises
+    CheckpointError or DataError, one line each, for what cannot be trained on.
+    """
+    run = Path(resume or config.out)
+    folder = checkpoint.newest(run) if resume else None
+    model = ControlLDM.from_file(
+        run if resume else config.base,
+        attach=True,
+        hint_channels=config.hint_channels,
+        prediction=config.prediction or None,
+        seed=config.seed,
+    ).to(config.device)
+    trained = choose_trained(model, config)
+    dtype = DTYPES[config.precision]
+    for p in model.parameters():  # frozen weights live in the precision they are used in; trained ones in fp32
+        if not p.requires_grad:
+            p.data = p.data.to(dtype)
+    autocast = torch.autocast(torch.device(config.device).type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=dtype == torch.float16)
+    optimizer = torch.optim.AdamW(
+        trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+    state = restore(folder, trained, optimizer, scaler) if folder else {"step": 0, "samples": 0}
+
+    prepared = prepare(config, model, dataset)
+    watch = Watch(config, model, prepared) if config.logger_freq else None
+    run.mkdir(parents=True, exist_ok=True)
+    checkpoint.save_json(run / "config.json", dataclasses.asdict(config))
+    metrics = log.Metrics(run, state["step"])
+    meter = Meter(config, run, metrics, watch)
+    consumed, total = state["samples"], (config.steps - state["step"]) * config.batch
+    loader = data.batches(
+        prepared.samples, consumed, consumed + total, config.batch_size, config.workers, "cuda" in config.device
+    )
+    announce(config, model, trained, prepared, state["step"])
+
+    with tqdm(total=config.steps, initial=state["step"], desc="training", unit="step", disable=None) as bar:
+        for step in range(state["step"], config.steps):
+            with bar.external_write_mode():
+                meter.measure(model, autocast, step)
+            start = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
+            loss = torch.zeros((), device=config.device)
+            for _ in range(config.accumulate_grad_batches):
+                batch = to_device(model, next(loader), config.device)
+                with autocast:
+                    losses = diffusion_loss(model, *batch, config.only_mid_control)
+                micro = losses.sum() / config.batch
+                scaler.scale(micro).backward()
+                loss += micro.detach()
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(trained.values(), config.clip_grad_norm or math.inf)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+            values = {"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": learning_rate(config, step)}
+            rate = config.batch / (time.perf_counter() - start)
+            metrics.add(step + 1, **values, images_per_second=round(rate, 2))
+            bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.1f} images/s{meter.last}")
+            bar.update()
+            if (step + 1) % config.checkpoint_freq == 0 or step + 1 == config.steps:
+                folder = save(run, config, model, trained, optimizer, scaler, step + 1)
+    meter.measure(model, autocast, config.steps, last=True)
+    report(config, run, folder, metrics, prepared)
+    return run
+
+
+class Meter:
+    """Every `logger_freq` steps: the control gain into the metrics, the image log and the curves into the run."""
+
+    def __init__(self, config: Config, run: Path, metrics: log.Metrics, watch: Watch | None):
+        self.config, self.run, self.metrics, self.watch = config, run, metrics, watch
+        self.last = ""
+        self.told = log.sudden_convergence(*metrics.series("control_gain")) is not None
+
+    def measure(self, model: ControlLDM, autocast: Any, step: int, last: bool = False) -> None:
+        if self.watch is None or (step % self.config.logger_freq and not last):
+            return
+        steps, _ = self.metrics.series("control_gain")
+        if step in steps:  # a resumed run stands where the stopped one had measured
+            return
+        with autocast:
+            right, other = self.watch.losses(model)
+            self.watch.draw(model, self.run / "image_log" / f"step-{step:06d}.png")
+        gain = 1 - right / other
+        self.metrics.add(step, val_loss=right, val_loss_other_hints=other, control_gain=gain)
+        self.last = f", control gain {gain:.3f}"
+        log.save_curves(self.run / "curves.png", self.metrics)
+        at = log.sudden_convergence(*self.metrics.series("control_gain"))
+        if at is not None and not self.told:
+            self.told = True
+            tqdm.write(f"sudden convergence at step {at}: the hint is obeyed (control gain {gain:.3f})")
+
+
+def announce(config: Config, model: ControlLDM, trained: dict, prepared: Prepared, step: int) -> None:
+    """One line on what is about to happen."""
+    millions = sum(p.numel() for p in trained.values()) / 1e6
+    count, decoder = len(prepared.samples.indices), "" if config.sd_locked else " and the unlocked decoder"
+    print(
+        f"{model.config.name}: training a ControlNet{decoder} of {millions:.1f} M parameters on {count} samples of "
+        f"{config.resolution}, {config.batch} a step, {config.precision}, on {config.device}; "
+        f"steps {step} to {config.steps}"
+    )
+
+
+def report(config: Config, run: Path, folder: Path | None, metrics: log.Metrics, prepared: Prepared) -> None:
+    """What came of it, where it is, and how to draw with it."""
+    steps, gains = metrics.series("control_gain")
+    at = log.sudden_convergence(steps, gains)
+    if at is not None:
+        print(f"sudden convergence at step {at}; control gain now {gains[-1]:.3f}")
+    elif gains:
+        print(f"the hint is not obeyed yet (control gain {gains[-1]:.3f}); Stable Diffusion takes 3000 to 7000 steps")
+    samples, shown = prepared.samples, prepared.validation[0]
+    hint = run / "hint.png"
+    Image.fromarray(log.hint_image(data.to_tensor(samples.triples.hint(shown)))).save(hint)
+    print(
+        f"pictures:  {run / 'image_log'}, {run / 'curves.png'}\n"
+        f"trained:   {folder / 'trained.safetensors' if folder else run / 'checkpoints'}\n"
+        f"draw:      python sampler.py --model {run} --hint {hint} "
+        f'--prompt "{samples.triples.prompt(shown)}" --out samples'
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- CLI
+def parse(argv: list[str] | None) -> tuple[Config, str | None]:
+    """Flags -> configuration, and the run to resume if any. Later wins: defaults, demo or resumed run, flags."""
+    parser = argparse.ArgumentParser(
+        description="Train a ControlNet. Without --base and --data: the demo, circles on the tiny base.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--resume", metavar="RUN", help="folder of a run to go on with")
+    parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    groups = {}
+    for f in dataclasses.fields(Config):
+        name, text = f.metadata["group"], f.metadata["help"]
+        group = groups.setdefault(name, parser.add_argument_group(name))
+        default = f" (default: {f.default})" if f.default != "" else ""
+        flag = "--" + f.name.replace("_", "-")
+        if f.type is bool or f.type == "bool":
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text + default)
+        else:
+            kind = {"int": int, "float": float, "str": str}[f.type if isinstance(f.type, str) else f.type.__name__]
+            group.add_argument(flag, type=kind, choices=f.metadata["choices"], help=text + default)
+    given = vars(parser.parse_args(argv))
+    resume, overwrite = given.pop("resume", None), given.pop("overwrite", False)
+    if resume:
+        settings = {k: v for k, v in checkpoint.load_run(resume).items() if k in Config.__dataclass_fields__}
+        changed = [k for k in FIXED_ON_RESUME if k in given and given[k] != settings[k]]
+        if changed:
+            raise CheckpointError(
+                f"{resume}: --{changed[0].replace('_', '-')} cannot change on resume; it was {settings[changed[0]]!r}"
+            )
+    elif "base" not in given and "data" not in given:
+        settings = dict(DEMO)
+    elif "base" in given and "data" in given:
+        settings = {"out": f"runs/{Path(given['data']).resolve().name}"}
+    else:
+        raise CheckpointError(
+            "give --base (a Stable Diffusion file) and --data (a folder) both, or neither for the demo"
+        )
+    config = Config(**(settings | given))
+    validate(config)
+    if not resume and (Path(config.out) / "config.json").exists():
+        if not overwrite:
+            done = checkpoint.list_checkpoints(config.out)
+            raise CheckpointError(
+                f"{config.out} holds a run{f' (at {done[-1].name})' if done else ''}: "
+                f"--resume {config.out} goes on with it, --out FOLDER puts the new one elsewhere, --overwrite redoes it"
+            )
+        shutil.rmtree(config.out)
+    return config, resume
+
+
+def validate(config: Config) -> None:
+    """Refuse settings that make no sense, by name."""
+    for name in (
+        "steps",
+        "batch_size",
+        "accumulate_grad_batches",
+        "hint_channels",
+        "checkpoint_freq",
+        "encode_batch_size",
+    ):
+        if getattr(config, name) < 1:
+            raise CheckpointError(f"--{name.replace('_', '-')} is {getattr(config, name)}, should be 1 or more")
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise CheckpointError(f"--device {config.device}: this PyTorch sees no GPU; --device cpu works, slowly")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, resume = parse(argv)
+    if config.data == DEMO["data"] and not (Path(config.data) / "prompt.json").exists():
+        circles.make(config.data, **DEMO_DATA)
+    train(config, resume=resume)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (CheckpointError, data.DataError) as e:  # a bad input: one line, no traceback
+        sys.exit(f"train.py: {e}")
