@@ -146,7 +146,7 @@ def measure(image: np.ndarray, circle: Circle) -> Verdict:
 
     The pixels are divided into two colours (2-means, started at the two that the prompt names); the part that started
     at the circle's colour is the drawn circle. Its intersection over union with the wished disc is the overlap, the
-    medians of the two parts are the drawn colours.
+    medians of the two parts are the drawn colours; one that is nowhere is wrong.
     """
     pixels = image.reshape(-1, 3).astype(np.float32)
     centers = np.array([COLORS[circle.color], COLORS[circle.background]], dtype=np.float32)
@@ -157,7 +157,11 @@ def measure(image: np.ndarray, circle: Circle) -> Verdict:
         centers = np.stack([np.median(pixels[first], axis=0), np.median(pixels[~first], axis=0)])
     disc = circle.disc(image.shape[0]).reshape(-1)
     iou = (first & disc).sum() / (first | disc).sum()
-    return Verdict(float(iou), among_nearest(centers[0], circle.color), among_nearest(centers[1], circle.background))
+    right = [
+        bool(part.any()) and among_nearest(np.median(pixels[part], axis=0), name)
+        for part, name in ((first, circle.color), (~first, circle.background))
+    ]
+    return Verdict(float(iou), *right)
 
 
 @torch.no_grad()

@@ -119,7 +119,7 @@ def dpm_solver(
 ) -> Tensor:
     """DPM-Solver++ (2M): as `ddim`, with a second-order step in the log signal-to-noise ratio; deterministic.
 
-    The last step, to the clean latents, is of first order, as is the first.
+    The first step and the last, which is a long one in that ratio, are of first order.
     """
     alphas = (alphas_cumprod() if alphas is None else alphas).cpu().double()
     timesteps = ddim_timesteps(steps, len(alphas))

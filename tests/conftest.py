@@ -13,7 +13,6 @@ import checkpoint
 import circles
 from controlnet import TINY, ControlLDM
 
-torch.set_num_threads(2)
 GOLDEN = Path(__file__).parent / "golden"
 
 

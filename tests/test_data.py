@@ -1,0 +1,216 @@
+"""Data sets: what is read and what is refused; the cache; samples as functions of their number."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import circles
+import data
+from data import DataError, Fill50K, Triples
+
+
+def picture(path, width, height, value=128):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((height, width, 3), value, np.uint8)).save(path)
+
+
+def write(root, *rows):
+    root.mkdir(exist_ok=True)
+    (root / "prompt.json").write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows) + "\n")
+
+
+def row(i, prompt="p"):
+    return {"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": prompt}
+
+
+def test_items_have_the_tutorials_ranges_and_shapes(folder):
+    dataset = Fill50K(folder)
+    item = dataset[3]
+    circle = circles.random_circle(3, 3)
+    hint, target = circle.draw(32)
+    assert len(dataset) == 24 and item["txt"] == circle.prompt
+    assert item["jpg"].dtype == item["hint"].dtype == np.float32
+    assert np.allclose(item["jpg"], target / 127.5 - 1, atol=1e-6) and np.allclose(item["hint"], hint / 255)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_hint_channels(folder, channels):
+    assert Fill50K(folder, hint_channels=channels)[0]["hint"].shape == (32, 32, channels)
+
+
+def test_hints_of_any_channels_from_npy(tmp_path):
+    write(tmp_path, {"source": "h.npy", "target": "t.png", "prompt": "p"})
+    np.save(tmp_path / "h.npy", np.random.rand(40, 60, 7).astype(np.float32))
+    picture(tmp_path / "t.png", 60, 40)
+    assert Fill50K(tmp_path, size=(64, 32), hint_channels=7)[0]["hint"].shape == (32, 64, 7)
+    assert data.check(str(tmp_path)) == (1, [])
+    with pytest.raises(DataError, match=r"should be \(height, width, 3\)"):
+        Fill50K(tmp_path)[0]
+
+
+def test_resize_cuts_the_same_middle_from_both(tmp_path):
+    """A 2:1 pair brought to a square: what is left is the middle, in hint and target alike."""
+    write(tmp_path, row(0))
+    stripes = np.zeros((40, 80, 3), np.uint8)
+    stripes[:, 20:60] = 255
+    for side, scale in (("source", 2), ("target", 1)):
+        (tmp_path / side).mkdir()
+        Image.fromarray(stripes).resize((80 * scale, 40 * scale), Image.Resampling.NEAREST).save(
+            tmp_path / side / "0.png"
+        )
+    item = Fill50K(tmp_path, size=(32, 32))[0]
+    assert item["jpg"].shape == item["hint"].shape == (32, 32, 3)
+    assert item["jpg"].min() > 0.9 and item["hint"].min() > 0.9
+
+
+def test_nearest_keeps_labels(tmp_path):
+    write(tmp_path, row(0))
+    labels = (np.random.RandomState(0).randint(0, 2, (40, 40, 1)) * 255).astype(np.uint8).repeat(3, 2)
+    for side in ("source", "target"):
+        (tmp_path / side).mkdir()
+        Image.fromarray(labels).save(tmp_path / side / "0.png")
+    assert set(np.unique(Fill50K(tmp_path, (24, 24), hint_resample="nearest")[0]["hint"])) == {0.0, 1.0}
+    assert len(np.unique(Fill50K(tmp_path, (24, 24))[0]["hint"])) > 2
+
+
+def test_check_reports_every_problem_at_once(tmp_path, capsys):
+    write(
+        tmp_path,
+        row(0),
+        "{not json",
+        row(2),  # no files
+        row(3),
+        row(4, prompt="  "),
+        {"source": "../outside.png", "target": "target/0.png", "prompt": "p"},
+        {"source": "source/0.png", "prompt": "p"},
+        row(7),
+        "[1, 2]",
+    )
+    for i in (0, 3, 4, 7):
+        picture(tmp_path / f"source/{i}.png", 64, 64)
+        picture(tmp_path / f"target/{i}.png", 64, 48 if i == 3 else 64)
+    (tmp_path / "target/7.png").write_bytes((tmp_path / "target/0.png").read_bytes()[:60])
+    assert data.main(["check", str(tmp_path)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    told = {int(s.split("line ")[1].split(":")[0]): s for s in lines if "line " in s}
+    assert sorted(told) == [2, 3, 4, 5, 6, 7, 8, 9]
+    for number, words in {2: "not JSON", 3: "no such image", 5: "empty", 6: "leaves the folder", 7: "target"}.items():
+        assert words in told[number]
+    assert all(words in told[4] for words in ("3.png", "64x64", "64x48", "aspect ratio"))
+    assert "not a readable image" in told[8]
+    assert "8 problems" in lines[-1]
+    write(tmp_path, row(0))
+    assert data.main(["check", str(tmp_path)]) == 0
+    with pytest.raises(DataError, match="no prompt.json"):
+        data.check(str(tmp_path / "source"))
+
+
+def test_bad_rows_stop_training_early_and_empty_prompts_do_not(tmp_path):
+    write(tmp_path, row(0, prompt=""))
+    picture(tmp_path / "source/0.png", 8, 8)
+    picture(tmp_path / "target/0.png", 8, 8)
+    assert Fill50K(tmp_path)[0]["txt"] == ""
+    write(tmp_path, row(0), "x", "y")
+    with pytest.raises(DataError, match="line 2: not JSON.*and 1 more"):
+        Fill50K(tmp_path)
+
+
+def test_show_prints_what_the_tutorial_prints(folder, tmp_path, capsys):
+    data.main(["show", str(folder), "5", "--out", str(tmp_path / "pair.png")])
+    assert capsys.readouterr().out.splitlines()[:4] == ["24", Fill50K(folder).prompt(5), "(32, 32, 3)", "(32, 32, 3)"]
+    with Image.open(tmp_path / "pair.png") as image:
+        assert image.size == (64, 32)
+    with pytest.raises(DataError, match="rows 0..23"):
+        data.main(["show", str(folder), "24"])
+
+
+def test_own_data_sets_are_checked():
+    good = {"jpg": np.zeros((48, 48, 3), np.float32), "txt": "p", "hint": np.zeros((48, 48, 3), np.float32)}
+    assert Triples([good], (32, 32))[0]["jpg"].shape == (32, 32, 3)
+    cases = {
+        "lacks 'hint'": {k: v for k, v in good.items() if k != "hint"},
+        r"should be \(height, width, 3\)": good | {"jpg": np.zeros((3, 48, 48), np.float32)},
+        r"should lie in \[-1, 1\]": good | {"jpg": good["jpg"] + 200},
+        r"should lie in \[0, 1\]": good | {"hint": good["hint"] - 1},
+        "48x48 but hint is 48x24": good | {"hint": np.zeros((24, 48, 3), np.float32)},
+    }
+    for message, item in cases.items():
+        with pytest.raises(DataError, match=f"item 1 .*{message}"):
+            Triples([good, item], (32, 32))[1]
+
+
+def test_sizes():
+    assert data.parse_resolution("512x768") == (512, 768) and data.parse_resolution("64") == (64, 64)
+    for bad in ("", "x", "12xy", "1x2x3", "0"):
+        with pytest.raises(DataError):
+            data.parse_resolution(bad)
+    assert data.fit_size((90, 20), 32) == (96, 32)
+    assert data.same_shape((512, 512), (90, 90)) and data.same_shape((1000, 667), (500, 333))
+    assert not data.same_shape((64, 64), (64, 48))
+
+
+def test_cache_keeps_grows_and_survives_interruption(tmp_path):
+    computed = []
+
+    def compute(positions):
+        computed.extend(positions)
+        return torch.stack([torch.full((2, 3), float(i)) for i in positions])
+
+    keys = [data.digest(i) for i in range(5)]
+    data.Cache(tmp_path, "c", (2, 3)).fill(keys[:3], compute, 2, "things")
+    assert computed == [0, 1, 2]
+    # an interruption: a row without its key, and half a row
+    with open(tmp_path / "c.bin", "ab") as f:
+        f.write(b"\7" * 30)
+    cache = data.Cache(tmp_path, "c", (2, 3))
+    cache.fill(keys + keys[:2], compute, 2, "things")
+    assert computed == [0, 1, 2, 3, 4]
+    for i, key in enumerate(keys):
+        assert torch.equal(data.Cache(tmp_path, "c", (2, 3))[key], torch.full((2, 3), float(i)))
+
+    def interrupted(positions):
+        if positions[0] >= 7:
+            raise KeyboardInterrupt
+        return compute(positions)
+
+    more = keys + [data.digest(i) for i in range(5, 9)]
+    with pytest.raises(KeyboardInterrupt):
+        cache.fill(more, interrupted, 1, "things")
+    data.Cache(tmp_path, "c", (2, 3)).fill(more, compute, 1, "things")
+    assert computed == list(range(9))
+    half = data.Cache(tmp_path, "h", (4,), torch.bfloat16)
+    half.fill([b"k" * 16], lambda at: torch.tensor([[1.5, 2, 3, 4]]), 1, "halves")
+    assert torch.equal(half[b"k" * 16], torch.tensor([1.5, 2, 3, 4]).bfloat16())
+
+
+def test_cache_refuses_what_the_disk_cannot_hold(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: type("U", (), {"free": 10}))
+    with pytest.raises(DataError, match="--no-cache"):
+        data.Cache(tmp_path, "c", (2, 3)).fill([b"x" * 16], lambda at: None, 1, "things")
+
+
+def test_keys_follow_the_content(tmp_path):
+    write(tmp_path, row(0))
+    for side in ("source", "target"):
+        picture(tmp_path / side / "0.png", 16, 16, 10)
+    before = Fill50K(tmp_path, (16, 16)).key(0)
+    assert Fill50K(tmp_path, (16, 16)).key(0) == before != Fill50K(tmp_path, (8, 8)).key(0)
+    picture(tmp_path / "target/0.png", 16, 16, 11)
+    assert Fill50K(tmp_path, (16, 16)).key(0) != before
+
+
+def test_samples_are_functions_of_their_number(folder):
+    make = lambda seed: data.Samples(Fill50K(folder, (32, 32)), range(10), seed, (4, 4, 4), lambda u: int(1000 * u))
+    samples = make(0)
+    flat = lambda batches: [(t, n) for b in batches for t, n in zip(b["timestep"].tolist(), b["noise"], strict=True)]
+    whole, split = flat(data.batches(samples, 0, 24, 8)), flat(data.batches(make(0), 12, 24, 3, workers=1))
+    for (t, n), (t2, n2) in zip(whole[12:], split, strict=True):
+        assert t == t2 and torch.equal(n, n2)
+    assert not torch.equal(make(1)[0]["noise"], samples[0]["noise"])
+    for epoch in (0, 1, 2):
+        assert sorted(samples.index(n) for n in range(10 * epoch, 10 * epoch + 10)) == list(range(10))
+    assert [samples.index(n) for n in range(10)] != [samples.index(n) for n in range(10, 20)]
+    assert not torch.equal(samples[0]["noise"], samples[0]["posterior"])

@@ -1,0 +1,92 @@
+"""What must hold of the models beyond the golden numbers."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import CheckpointError
+from clip_text import Tokenizer
+from controlnet import SD21_V, TINY, ControlLDM, ControlNet, ModelConfig
+from unet import UNetConfig
+
+
+@pytest.mark.parametrize("hint_channels", [1, 3, 5])
+@torch.no_grad()
+def test_attached_model_equals_base_bit_for_bit(base, hint_channels):
+    model = ControlLDM.from_file(base, attach=True, hint_channels=hint_channels)
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.randn(2, 77, 64)
+    hint = torch.rand(2, hint_channels, 64, 64)
+    plain = model.predict(x, t, context)
+    assert torch.equal(model.predict(x, t, context, hint), plain)
+    assert torch.equal(model.predict(x, t, context, hint, only_mid_control=True), plain)
+    model.control_model.middle_block_out[0].weight.fill_(0.1)
+    assert not torch.equal(model.predict(x, t, context, hint), plain)
+
+
+def test_control_copies_the_encoder_and_its_seed_fixes_the_rest(base):
+    model = ControlLDM.from_file(base, attach=True, seed=1)
+    for name, p in model.unet.named_parameters():
+        if not name.startswith(("output_blocks", "out.")):
+            assert torch.equal(dict(model.control_model.named_parameters())[name], p)
+    again, other = (ControlNet.from_unet(model.unet, 3, TINY.hint_widths, seed).input_hint_block[0] for seed in (1, 2))
+    assert torch.equal(again.weight, model.control_model.input_hint_block[0].weight)
+    assert not torch.equal(other.weight, again.weight)
+
+
+def test_config_fields():
+    with pytest.raises(ValueError, match="exactly one"):
+        UNetConfig(num_heads=8, num_head_channels=64)
+    assert ModelConfig.from_json(SD21_V.to_json()) == SD21_V
+    assert (SD21_V.multiple, TINY.multiple) == (64, 32)
+
+
+def test_from_file_says_what_is_wrong(base, tmp_path):
+    state = checkpoint.load_state_dict(base)
+
+    def message(change: dict, drop: str = "-", config: bool = True) -> str:
+        path = tmp_path / "changed.safetensors"
+        kept = {k: v for k, v in (state | change).items() if not k.startswith(drop)}
+        checkpoint.save_safetensors(path, kept, {"config": TINY.to_json()} if config else {})
+        with pytest.raises(CheckpointError) as e:
+            ControlLDM.from_file(path)
+        assert str(e.value).startswith(str(path)) and "\n" not in str(e.value)
+        return str(e.value)
+
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    assert "first_stage_model." in message({}, drop="first_stage_model.decoder")
+    assert "should be [48, 4, 3, 3]" in message({first: torch.zeros(48, 9, 3, 3)})
+    assert "width 64" in message({}, config=False) or "no Stable Diffusion UNet" in message({}, config=False)
+    wide = {
+        first: torch.zeros(320, 9, 3, 3),
+        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(320, 768),
+    }
+    assert "inpainting" in message(wide, config=False)
+    with pytest.raises(CheckpointError, match="no such file"):
+        ControlLDM.from_file(tmp_path / "nothing.safetensors")
+    with pytest.raises(CheckpointError, match="not of a training run"):
+        ControlLDM.from_file(tmp_path)
+
+
+def test_control_in_file_sets_hint_channels_and_widths(base, tmp_path):
+    model = ControlLDM.from_file(base, attach=True, hint_channels=2)
+    path = tmp_path / "with_control.safetensors"
+    checkpoint.save_safetensors(path, model.state_dict(), {"config": TINY.to_json()})
+    loaded = ControlLDM.from_file(path)
+    assert loaded.control_model.hint_channels == 2
+    assert loaded.config == dataclasses.replace(TINY, hint_widths=TINY.hint_widths)
+    with pytest.raises(CheckpointError, match="hints of 2 channels, not 3"):
+        ControlLDM.from_file(path, hint_channels=3)
+
+
+def test_tokenizer_normalises_and_cuts():
+    tokens = Tokenizer()
+    same = tokens(["a photo of a café", "A  Photo\tOF\n a cafe\u0301 "])
+    assert torch.equal(same[0], same[1])
+    assert tokens("it's 42!")[0, :7].tolist() == tokens("IT'S  4 2 !")[0, :7].tolist()
+    long = tokens("word " * 200)
+    assert long.shape == (1, 77) and long[0, 0] == 49406 and long[0, -1] == 49407
+    assert tokens("\U0001f600 δ")[0, -1] == 49407
+    with pytest.raises(ValueError, match="pad"):
+        Tokenizer("left")

@@ -1,0 +1,147 @@
+"""Solvers, guidance, and the command line that draws."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sampler
+from checkpoint import CheckpointError
+from controlnet import SD15, TINY, ControlLDM
+
+
+def test_timesteps_for_every_count():
+    for steps in range(1, 1000):
+        t = sampler.ddim_timesteps(steps)
+        assert len(t) == steps == len(set(t.tolist())) and t.min() >= 1 and t.max() <= 999
+        if 1000 % steps == 0:
+            assert t.tolist() == list(range(1, 1000, 1000 // steps))
+    with pytest.raises(ValueError):
+        sampler.ddim_timesteps(0)
+
+
+def gaussian(mean: float, deviation: float, alphas: torch.Tensor) -> sampler.EpsModel:
+    """The exact eps of data that is normal with this mean and deviation."""
+
+    def eps(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        a = alphas[t].double().view(-1, 1, 1, 1)
+        return (x - a.sqrt() * mean) * (1 - a).sqrt() / (a * deviation**2 + 1 - a)
+
+    return eps
+
+
+def test_solvers_reach_the_exact_solution():
+    """For normal data the flow from noise to data is known; DPM-Solver++ is nearer to it than DDIM."""
+    alphas = sampler.alphas_cumprod(SD15)
+    mean, deviation = 1.5, 0.3
+    x = torch.randn(1, 4, 16, 16, dtype=torch.float64)
+    spread = lambda a: (a * deviation**2 + 1 - a).sqrt()
+    last, eps = alphas[0].double(), gaussian(mean, deviation, alphas)
+
+    def error(solver, steps: int) -> float:
+        first = alphas[sampler.ddim_timesteps(steps)[-1]].double()
+        exact = last.sqrt() * mean + (x - first.sqrt() * mean) * spread(last) / spread(first)
+        return (solver(eps, x, steps) - exact).abs().max().item()
+
+    ddim, dpm = ([error(f, steps) for steps in (50, 100, 200)] for f in (sampler.ddim, sampler.dpm_solver))
+    assert ddim[0] < 0.15 and all(b < a for a, b in zip(ddim, dpm, strict=True))
+    assert ddim[2] > 0.48 * ddim[1] and dpm[2] < 0.42 * dpm[1]  # twice the steps: half the error, or less than that
+    noisy = sampler.ddim(eps, x, 200, eta=1.0)
+    assert abs(noisy.mean().item() - last.sqrt().item() * mean) < 0.05
+    assert abs(noisy.std().item() - spread(last).item()) < 0.05
+
+
+def test_v_prediction_is_the_same_model():
+    """A model that says v is turned into one that says eps."""
+    x0, noise = torch.randn(3, 4, 4, 4), torch.randn(3, 4, 4, 4)
+    a = sampler.alphas_cumprod()[torch.tensor([1, 500, 999])]
+    x, v = sampler.q_sample(x0, noise, a), sampler.velocity(x0, noise, a)
+    b = a.view(-1, 1, 1, 1)
+    assert torch.allclose(b.sqrt() * v + (1 - b).sqrt() * x, noise, atol=1e-5)
+    assert torch.allclose(b.sqrt() * x - (1 - b).sqrt() * v, x0, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def steered(base) -> ControlLDM:
+    """A model whose ControlNet says something."""
+    model = ControlLDM.from_file(base, attach=True)
+    with torch.no_grad():
+        for p in model.control_model.parameters():
+            if not p.any():
+                p.normal_(std=0.05)
+    return model
+
+
+@torch.no_grad()
+def test_guidance_settings(steered):
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
+    c, n, hint = torch.randn(1, 77, 64), torch.randn(1, 77, 64), torch.rand(1, 3, 64, 64)
+    close = lambda a, b: torch.allclose(a, b, atol=1e-4)
+    eps = lambda **kw: sampler.guided(steered, c, n, **kw)(x, t)
+    plain, controlled = steered.predict(x, t, c), steered.predict(x, t, c, hint)
+    assert close(eps(scale=1.0), plain) and close(eps(scale=1.0, hint=hint), controlled)
+    assert not close(plain, controlled)
+    negative = steered.predict(x, t, n, hint)
+    assert close(eps(scale=3.0, hint=hint), negative + 3 * (controlled - negative))
+    assert close(eps(scale=3.0, hint=hint, strength=0.0), eps(scale=3.0))
+    assert close(eps(scale=3.0, hint=hint, start=0.6), eps(scale=3.0))  # t = 500 is half the way
+    assert close(eps(scale=3.0, hint=hint, end=0.4), eps(scale=3.0))
+    assert close(eps(scale=3.0, hint=hint, start=0.4, end=0.6), eps(scale=3.0, hint=hint))
+    residuals = steered.control_model(x, hint, t, c)
+    last = len(residuals) - 1
+    guess = steered.unet(x, t, c, [r * 0.5 * 0.825 ** (last - i) for i, r in enumerate(residuals)])
+    unprompted = steered.unet(x, t, n)
+    assert close(eps(scale=2.0, hint=hint, strength=0.5, guess_mode=True), unprompted + 2 * (guess - unprompted))
+    only = eps(scale=1.0, hint=hint, only_mid_control=True)
+    assert close(only, steered.predict(x, t, c, hint, only_mid_control=True)) and not close(only, controlled)
+
+
+def test_image_does_not_depend_on_the_batch(steered):
+    c = steered.encode_prompts(["a", "b", "c"])
+    n = steered.encode_prompts([""]).expand_as(c)
+    kw = dict(steps=3, seed=5, eta=0.5)
+    together = sampler.sample(steered, c, n, None, (64, 64), **kw)
+    third = sampler.sample(steered, c[2:], n[2:], None, (64, 64), first=2, **kw)
+    assert torch.allclose(together[2:], third, atol=1e-4)
+    assert not torch.allclose(together[0], together[1])
+
+
+def test_command_line(base, tmp_path, capsys):
+    import checkpoint
+
+    model = ControlLDM.from_file(base, attach=True, hint_channels=1)
+    file = tmp_path / "m.safetensors"
+    checkpoint.save_safetensors(file, model.state_dict(), {"config": TINY.to_json()})
+    Image.fromarray(np.zeros((50, 70, 3), np.uint8)).save(tmp_path / "hint.png")
+    out = tmp_path / "out"
+    args = ["--model", str(file), "--prompt", "red circle", "--hint", str(tmp_path / "hint.png"), "--steps", "2"]
+    sampler.main([*args, "--num", "3", "--batch-size", "2", "--out", str(out), "--solver", "dpm", "--guess-mode"])
+    assert "70x50 becomes 64x64" in capsys.readouterr().out
+    assert sorted(p.name for p in out.iterdir()) == ["0000.png", "0001.png", "0002.png", "grid.png"]
+    with Image.open(out / "0002.png") as image:
+        assert image.size == (64, 64)
+    with pytest.raises(ValueError, match="no such image"):
+        sampler.main([*args, "--hint", str(tmp_path / "nothing.png"), "--out", str(out)])
+    with pytest.raises(CheckpointError, match="no ControlNet"):
+        sampler.main([*args, "--model", str(base), "--out", str(out)])
+    sampler.main(
+        [
+            "--model",
+            str(base),
+            "--prompt",
+            "x",
+            "--num",
+            "1",
+            "--steps",
+            "1",
+            "--resolution",
+            "32x64",
+            "--out",
+            str(out),
+        ]
+    )
+    with Image.open(out / "0000.png") as image:
+        assert image.size == (32, 64)
+    assert math.isfinite(np.asarray(Image.open(out / "0000.png")).mean())

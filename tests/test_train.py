@@ -1,0 +1,235 @@
+"""The loop: that every setting does what it says, and that a resumed run is the run that was not stopped."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import circles
+import data
+import log
+import train
+from checkpoint import CheckpointError
+from controlnet import ControlLDM
+from train import Config
+
+
+@pytest.fixture
+def config(base, folder, tmp_path) -> Config:
+    return Config(
+        base=str(base), data=str(folder), out=str(tmp_path / "run"), steps=4, batch_size=4, learning_rate=1e-3,
+        cache_dir=str(tmp_path / "cache"), logger_freq=0, device="cpu", workers=0, log_steps=2,
+    )  # fmt: skip
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    return checkpoint.load_state_dict(checkpoint.newest(run) / "trained.safetensors")
+
+
+def equal(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def losses(run) -> list[float]:
+    return [entry["loss"] for entry in log.read_metrics(run) if "loss" in entry]
+
+
+def test_a_run_is_a_folder(config):
+    config.logger_freq, config.checkpoint_freq, config.keep_checkpoints, config.log_images = 2, 1, 2, 2
+    run = train.train(config)
+    assert {p.name for p in run.iterdir()} == {
+        "config.json", "metrics.jsonl", "image_log", "checkpoints", "curves.png", "hint.png",
+    }  # fmt: skip
+    assert [p.name for p in checkpoint.list_checkpoints(run)] == ["step-000003", "step-000004"]
+    assert sorted(p.name for p in (run / "image_log").iterdir()) == [f"step-00000{i}.png" for i in (0, 2, 4)]
+    gains = [entry["control_gain"] for entry in log.read_metrics(run) if "control_gain" in entry]
+    assert len(gains) == 3 and gains[0] == 0.0 and gains[-1] != 0.0
+    assert json.loads((run / "config.json").read_text())["resolution"] == "32x32"
+
+
+@pytest.mark.parametrize("change", [{}, {"precision": "fp16", "sd_locked": False}, {"cache": False}])
+def test_resumed_equals_never_stopped(config, change, tmp_path):
+    """Stopped after 3 of 8 steps, in the middle of an epoch of 22, and continued: the same bits."""
+    config = dataclasses.replace(config, **change, logger_freq=2, steps=8, checkpoint_freq=3, keep_checkpoints=0)
+    whole = train.train(config)
+    stopped = tmp_path / "stopped"
+    shutil.copytree(whole, stopped)
+    for later in ("step-000006", "step-000008"):
+        shutil.rmtree(stopped / "checkpoints" / later)
+    resumed, run = train.parse(["--resume", str(stopped)])
+    train.train(resumed, resume=run)
+    for file in ("trained", "optimizer"):
+        a, b = (checkpoint.load_state_dict(checkpoint.newest(r) / f"{file}.safetensors") for r in (whole, stopped))
+        assert equal(a, b), file
+    strip = lambda run: [{k: v for k, v in e.items() if k != "images_per_second"} for e in log.read_metrics(run)]
+    assert strip(whole) == strip(stopped)
+
+
+def test_accumulation_equals_a_large_batch(config, tmp_path):
+    """8 x 1 and 2 x 4 draw the same samples and make the same gradients to rounding."""
+    config.steps, config.learning_rate = 2, 1e-4
+    a = train.train(dataclasses.replace(config, batch_size=8, out=str(tmp_path / "a")))
+    b = train.train(dataclasses.replace(config, batch_size=2, accumulate_grad_batches=4, out=str(tmp_path / "b")))
+    for x, y in zip(log.read_metrics(a), log.read_metrics(b), strict=True):
+        assert abs(x["loss"] - y["loss"]) < 1e-5 and abs(x["grad_norm"] / y["grad_norm"] - 1) < 1e-4
+    c = train.train(dataclasses.replace(config, batch_size=2, out=str(tmp_path / "c")))
+    assert abs(losses(a)[0] - losses(c)[0]) > 1e-4
+
+
+def test_locked_and_unlocked(config, base, tmp_path):
+    before = checkpoint.load_state_dict(base)
+    locked = ControlLDM.from_file(train.train(config))
+    unet = {k: v for k, v in locked.state_dict().items() if k.startswith("model.")}
+    assert all(torch.equal(v, before[k]) for k, v in unet.items())
+    assert all(k.startswith("control_model.") for k in weights(config.out))
+    run = train.train(dataclasses.replace(config, sd_locked=False, out=str(tmp_path / "unlocked")))
+    moved = {
+        k for k, v in ControlLDM.from_file(run).state_dict().items() if k in before and not torch.equal(v, before[k])
+    }
+    assert moved and all(".output_blocks." in k or ".out." in k for k in moved)
+
+
+def test_unlocking_on_resume_starts_the_decoder_afresh(config, capsys):
+    train.train(config)
+    resumed, run = train.parse(["--resume", config.out, "--no-sd-locked", "--steps", "6", "--learning-rate", "2e-6"])
+    train.train(resumed, resume=run)
+    assert "did not train before" in capsys.readouterr().out
+    entries = [e for e in log.read_metrics(run) if "loss" in e]
+    assert [e["step"] for e in entries] == [1, 2, 3, 4, 5, 6] and entries[-1]["learning_rate"] == 2e-6
+    assert any(".output_blocks." in k for k in weights(run))
+
+
+def test_only_mid_control_trains_no_other_zero_convolution(config):
+    config.only_mid_control = True
+    trained = weights(train.train(config))
+    assert not any(v.any() for k, v in trained.items() if ".zero_convs." in k)
+    assert trained["control_model.middle_block_out.0.weight"].any()
+
+
+def test_only_what_trains_requires_a_gradient(config):
+    for change, prefixes in (
+        ({}, ("control_model.",)),
+        (
+            {"sd_locked": False},
+            ("control_model.", "model.diffusion_model.output_blocks.", "model.diffusion_model.out."),
+        ),
+    ):
+        model = ControlLDM.from_file(config.base, attach=True)
+        trained = train.choose_trained(model, dataclasses.replace(config, **change))
+        wants = {k for k, p in model.named_parameters() if p.requires_grad}
+        assert wants == set(trained) == {k for k, _ in model.named_parameters() if k.startswith(prefixes)}
+
+
+def test_the_locked_encoder_leaves_no_graph(config):
+    model = ControlLDM.from_file(config.base, attach=True)
+    train.choose_trained(model, config)
+    h, skips, emb = model.unet.encode(torch.randn(1, 4, 4, 4), torch.tensor([5]), torch.randn(1, 77, 64))
+    assert not any(x.requires_grad for x in (h, emb, *skips))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_is_near_full(config, precision, tmp_path):
+    full = losses(train.train(config))
+    low = losses(train.train(dataclasses.replace(config, precision=precision, out=str(tmp_path / precision))))
+    assert full != low and np.allclose(full, low, rtol=0.05)
+    assert all(v.dtype == torch.float32 for v in weights(tmp_path / precision).values())
+
+
+def test_cached_equals_computed(config, tmp_path):
+    cached = train.train(config)
+    computed = train.train(dataclasses.replace(config, cache=False, out=str(tmp_path / "b")))
+    assert np.allclose(losses(cached), losses(computed), rtol=1e-5)
+    assert (tmp_path / "cache").exists()
+
+
+class Own:
+    """A data set as in the tutorial's step 2: your own class."""
+
+    def __init__(self, folder):
+        self.folder = data.Fill50K(folder)
+
+    def __len__(self):
+        return len(self.folder)
+
+    def __getitem__(self, i):
+        return self.folder[i]
+
+
+def test_own_data_set_trains_as_the_folder_does(config, folder, tmp_path):
+    a = train.train(config)
+    b = train.train(dataclasses.replace(config, data="", out=str(tmp_path / "b")), Own(folder))
+    assert losses(a) == losses(b)
+
+
+def test_a_data_set_that_changes_is_not_cached(config):
+    class Noise(Own):
+        def __getitem__(self, i):
+            return super().__getitem__(i) | {"jpg": np.random.rand(32, 32, 3).astype(np.float32)}
+
+    with pytest.raises(data.DataError, match="--no-cache"):
+        train.train(config, Noise(config.data))
+    config.cache = False
+    train.train(config, Noise(config.data))
+
+
+def test_settings_that_shape_the_step(config, tmp_path):
+    def run(**change):
+        name = "-".join(f"{k}{v}" for k, v in change.items())
+        return log.read_metrics(train.train(dataclasses.replace(config, out=str(tmp_path / name), **change)))
+
+    plain = run(warmup_steps=0)
+    assert plain[0]["loss"] == run(seed=0)[0]["loss"] != run(seed=1)[0]["loss"]
+    assert plain[0]["loss"] != run(timestep_bias=0.3)[0]["loss"]
+    assert [e["learning_rate"] for e in run(warmup_steps=2)] == [5e-4, 1e-3, 1e-3, 1e-3]
+    assert plain[3]["loss"] != run(clip_grad_norm=1e-6)[3]["loss"]
+    assert plain[3]["loss"] != run(weight_decay=100.0)[3]["loss"]
+    assert plain[0]["loss"] != run(resolution="64")[0]["loss"]
+
+
+def test_sizes_that_the_unet_cannot_divide(config, tmp_path, capsys):
+    circles.make(tmp_path / "odd", 6, 90)
+    config.data = str(tmp_path / "odd")
+    train.train(config)
+    assert "from 90x90 to 96x96" in capsys.readouterr().out
+
+
+def test_hint_channels_go_from_data_to_checkpoint(config):
+    config.hint_channels = 1
+    run = train.train(config)
+    assert weights(run)["control_model.input_hint_block.0.weight"].shape[1] == 1
+    assert ControlLDM.from_file(run).control_model.hint_channels == 1
+
+
+def test_command_line(config, base, folder, tmp_path):
+    args = ["--base", str(base), "--data", str(folder)]
+    given, resume = train.parse([*args, "--batch-size", "2", "--no-sd-locked", "--only-mid-control"])
+    assert resume is None and given.out == "runs/circles"
+    assert (given.batch_size, given.sd_locked, given.only_mid_control, given.learning_rate) == (2, False, True, 1e-5)
+    demo, _ = train.parse(["--out", str(tmp_path / "demo"), "--steps", "7"])
+    assert demo.data == "data/circles" and demo.steps == 7 and demo.learning_rate == train.DEMO["learning_rate"]
+    with pytest.raises(CheckpointError, match="both"):
+        train.parse(["--base", str(base)])
+    with pytest.raises(CheckpointError, match="--steps is 0"):
+        train.parse([*args, "--steps", "0"])
+    run = train.train(config)
+    with pytest.raises(CheckpointError, match="holds a run .at step-000004.*--resume.*--overwrite"):
+        train.parse([*args, "--out", str(run)])
+    train.parse([*args, "--out", str(run), "--overwrite"])
+    assert not run.exists()
+
+
+def test_resume_says_what_cannot_change(config, tmp_path):
+    run = train.train(config)
+    with pytest.raises(CheckpointError, match="--seed cannot change.*it was 0"):
+        train.parse(["--resume", str(run), "--seed", "1"])
+    with pytest.raises(CheckpointError, match="config.json"):
+        train.parse(["--resume", str(tmp_path / "nothing")])
+
+
+def test_sudden_convergence():
+    assert log.sudden_convergence([0, 50, 100, 150], [0.0, 0.01, 0.3, 0.4]) == 100
+    assert log.sudden_convergence([0, 50, 100, 150], [0.0, 0.2, 0.01, 0.02]) is None
