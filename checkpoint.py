@@ -318,3 +318,61 @@ def newest(run: str | Path) -> Path:
     if not checkpoints:
         raise CheckpointError(f"{run}: no checkpoint in it")
     return checkpoints[-1]
+
+
+def save_training(
+    run: str | Path,
+    weights: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    trained: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write `checkpoints/step-XXXXXX` of a run, whole or not at all, then drop all but the newest `keep` (0: none).
+
+    `weights` go to `trained.safetensors`; the optimizer's state of `trained`, keyed by parameter name, to
+    `optimizer.safetensors`; `state` (with `step`) and the scaler's to `state.json`.
+    """
+    names = {id(p): name for name, p in trained.items()}
+    moments = {f"{k}:{names[id(p)]}": v for p, entry in optimizer.state.items() for k, v in entry.items()}
+    plain = lambda tensors: {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    text = json.dumps(state | {"scaler": scaler.state_dict()}, indent=2) + "\n"
+    folder = Path(run) / "checkpoints" / f"step-{state['step']:06d}"
+    write_folder(
+        folder,
+        {
+            "trained.safetensors": lambda p: safetensors.torch.save_file(plain(weights), p, dict(metadata)),
+            "optimizer.safetensors": lambda p: safetensors.torch.save_file(plain(moments), p),
+            "state.json": lambda p: p.write_text(text),
+        },
+    )
+    for old in list_checkpoints(run)[:-keep] if keep else ():
+        shutil.rmtree(old)
+    return folder
+
+
+def restore_training(
+    folder: Path, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> dict[str, Any]:
+    """Bring optimizer and scaler back to a checkpoint (the weights come with the model) and return its `state.json`.
+
+    Parameters that did not train then start afresh.
+    """
+    state = json.loads((folder / "state.json").read_text())
+    scaler.load_state_dict(state["scaler"])
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, value in load_state_dict(folder / "optimizer.safetensors").items():
+        kind, name = key.split(":", 1)
+        moments.setdefault(name, {})[kind] = value
+    for name, p in trained.items():
+        if name in moments:  # into the parameter's own memory order: fused AdamW walks both together
+            optimizer.state[p] = {
+                k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v.clone().to(p.device)
+                for k, v in moments[name].items()
+            }
+    fresh = len(trained.keys() - moments.keys())
+    if fresh:
+        print(f"{fresh} of {len(trained)} trained tensors did not train before; their optimizer state starts afresh")
+    return state

@@ -27,6 +27,7 @@ from clip_text import CLIPTextModel, TextConfig, Tokenizer, clip_spelling
 from unet import UNet, UNetConfig, UNetEncoder, zero_module
 from vae import AutoencoderKL, VAEConfig, sample_posterior
 
+NEW = ("input_hint_block.", "zero_convs.", "middle_block_out.")  # what a ControlNet has and a UNet has not
 HINT_WIDTHS = (16, 32, 96, 256)  # channels of the hint encoder at full, half, quarter and eighth size
 
 
@@ -57,14 +58,11 @@ class ControlNet(UNetEncoder):
     def from_unet(
         cls, unet: UNet, hint_channels: int = 3, hint_widths: tuple[int, int, int, int] = HINT_WIDTHS, seed: int = 0
     ) -> "ControlNet":
-        """A ControlNet whose encoder is a copy of `unet`'s; the hint encoder is initialised from `seed`."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        """A ControlNet whose encoder is a copy of `unet`'s; what a UNet has not comes from `new_weights`."""
+        state = unet.state_dict() | new_weights(unet.config, hint_channels, hint_widths, seed)
+        with torch.device("meta"):
             control = cls(unet.config, hint_channels, hint_widths)
-        own = control.state_dict()
-        missing, _ = control.load_state_dict({k: v for k, v in unet.state_dict().items() if k in own}, strict=False)
-        new = ("input_hint_block.", "zero_convs.", "middle_block_out.")
-        assert all(k.startswith(new) for k in missing), missing
+        control.load_state_dict({k: state[k].clone() for k in control.state_dict()}, assign=True)
         return control
 
     def forward(
@@ -79,6 +77,23 @@ class ControlNet(UNetEncoder):
         h, skips, _ = self.encode(x, timesteps, context, guided)
         residuals = [] if only_mid_control else [conv(s) for conv, s in zip(self.zero_convs, skips, strict=True)]
         return [*residuals, self.middle_block_out(h)]
+
+
+def new_weights(
+    config: UNetConfig, hint_channels: int, hint_widths: tuple[int, int, int, int], seed: int
+) -> dict[str, Tensor]:
+    """The weights of a new ControlNet that its UNet does not have: zero convolutions, and the hint encoder in PyTorch's
+    default initialisation from `seed`, its last convolution zero."""
+    with torch.device("meta"):
+        control = ControlNet(config, hint_channels, hint_widths)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for layer in control.input_hint_block.to_empty(device="cpu"):
+            if isinstance(layer, nn.Conv2d):
+                layer.reset_parameters()
+    zero_module(control.input_hint_block[-1])
+    state = {k: v for k, v in control.state_dict().items() if k.startswith(NEW)}
+    return {k: v if v.device.type == "cpu" else torch.zeros(v.shape) for k, v in state.items()}
 
 
 # -------------------------------------------------------------------------------------------- the models that there are

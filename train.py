@@ -17,7 +17,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -365,56 +364,59 @@ class Watch:
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
 def save(run: Path, config: Config, model: ControlLDM, trained: dict, optimizer: Any, scaler: Any, step: int) -> Path:
-    """Write `checkpoints/step-XXXXXX`, whole or not at all, then drop the oldest beyond those to keep."""
-    names = {id(p): name for name, p in trained.items()}
-    moments = {f"{k}:{names[id(p)]}": v for p, state in optimizer.state.items() for k, v in state.items()}
-    # all of the ControlNet, also what does not train in this mode, and the decoder if it trains
+    """Write the checkpoint of a step: all of the ControlNet (also what does not train in this mode), and the decoder if
+    it trains."""
     weights = {k: v for k, v in model.state_dict().items() if k.startswith("control_model.") or k in trained}
     metadata = {"config": model.config.to_json(), "step": str(step), "sd_locked": json.dumps(config.sd_locked)}
-    plain = lambda tensors: {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    state = {
-        "step": step,
-        "samples": step * config.batch,
-        "scaler": scaler.state_dict(),
-        "config": dataclasses.asdict(config),
-    }
-    folder = run / "checkpoints" / f"step-{step:06d}"
-    checkpoint.write_folder(
-        folder,
-        {
-            "trained.safetensors": lambda p: save_file(plain(weights), p, metadata),
-            "optimizer.safetensors": lambda p: save_file(plain(moments), p),
-            "state.json": lambda p: p.write_text(json.dumps(state, indent=2) + "\n"),
-        },
-    )
-    if config.keep_checkpoints:
-        for old in checkpoint.list_checkpoints(run)[: -config.keep_checkpoints]:
-            shutil.rmtree(old)
-    return folder
-
-
-def restore(folder: Path, trained: dict[str, torch.nn.Parameter], optimizer: Any, scaler: Any) -> dict[str, Any]:
-    """Bring the optimizer back to a checkpoint (the weights came with the model). Parameters that did not train then
-    start afresh. Returns the checkpoint's `state.json`."""
-    state = data.read_json(folder / "state.json")
-    scaler.load_state_dict(state["scaler"])
-    moments: dict[str, dict[str, Tensor]] = {}
-    for key, value in checkpoint.load_state_dict(folder / "optimizer.safetensors").items():
-        kind, name = key.split(":", 1)
-        moments.setdefault(name, {})[kind] = value
-    for name, p in trained.items():
-        if name in moments:  # into the parameter's own memory order: fused AdamW walks both together
-            optimizer.state[p] = {
-                k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v.clone().to(p.device)
-                for k, v in moments[name].items()
-            }
-    fresh = len(trained.keys() - moments.keys())
-    if fresh:
-        print(f"{fresh} of {len(trained)} trained tensors did not train before; their optimizer state starts afresh")
-    return state
+    state = {"step": step, "samples": step * config.batch, "config": dataclasses.asdict(config)}
+    return checkpoint.save_training(run, weights, metadata, trained, optimizer, scaler, state, config.keep_checkpoints)
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
+def optimizer_step(
+    config: Config,
+    model: ControlLDM,
+    trained: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    autocast: torch.autocast,
+    batches: Iterator[dict[str, Any]],
+) -> tuple[float, float]:
+    """One step on `accumulate_grad_batches` of `batches`: (mean loss of the samples, norm of the gradient)."""
+    total = torch.zeros((), device=config.device)
+    for _ in range(config.accumulate_grad_batches):
+        batch = to_device(model, next(batches), config.device)
+        with autocast:
+            losses = diffusion_loss(model, *batch, config.only_mid_control)
+        loss = losses.sum() / config.batch
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(trained.values(), config.clip_grad_norm or math.inf)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return total.item(), norm.item()
+
+
+def assemble(
+    config: Config, model: ControlLDM
+) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer, torch.amp.GradScaler, torch.autocast]:
+    """What trains, its optimizer, the gradient scaler and the autocast of `config`; frozen weights change precision.
+
+    Frozen weights live in the precision that they are used in; trained ones stay fp32 under autocast.
+    """
+    trained, dtype, kind = choose_trained(model, config), DTYPES[config.precision], torch.device(config.device).type
+    for p in model.parameters():
+        if not p.requires_grad:
+            p.data = p.data.to(dtype)
+    optimizer = torch.optim.AdamW(
+        trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+    scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
+    return trained, optimizer, scaler, torch.autocast(kind, dtype, enabled=dtype != torch.float32)
+
+
 def train(config: Config, dataset: Sequence[dict[str, Any]] | None = None, resume: str | Path | None = None) -> Path:
     """Train as `config` says and return the run's folder.
 
@@ -431,17 +433,8 @@ def train(config: Config, dataset: Sequence[dict[str, Any]] | None = None, resum
         prediction=config.prediction or None,
         seed=config.seed,
     ).to(config.device)
-    trained = choose_trained(model, config)
-    dtype = DTYPES[config.precision]
-    for p in model.parameters():  # frozen weights live in the precision they are used in; trained ones in fp32
-        if not p.requires_grad:
-            p.data = p.data.to(dtype)
-    autocast = torch.autocast(torch.device(config.device).type, dtype, enabled=dtype != torch.float32)
-    scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=dtype == torch.float16)
-    optimizer = torch.optim.AdamW(
-        trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
-    state = restore(folder, trained, optimizer, scaler) if folder else {"step": 0, "samples": 0}
+    trained, optimizer, scaler, autocast = assemble(config, model)
+    state = checkpoint.restore_training(folder, trained, optimizer, scaler) if folder else {"step": 0, "samples": 0}
 
     prepared = prepare(config, model, dataset)
     watch = Watch(config, model, prepared) if config.logger_freq else None
@@ -462,21 +455,8 @@ def train(config: Config, dataset: Sequence[dict[str, Any]] | None = None, resum
             start = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-            loss = torch.zeros((), device=config.device)
-            for _ in range(config.accumulate_grad_batches):
-                batch = to_device(model, next(loader), config.device)
-                with autocast:
-                    losses = diffusion_loss(model, *batch, config.only_mid_control)
-                micro = losses.sum() / config.batch
-                scaler.scale(micro).backward()
-                loss += micro.detach()
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(trained.values(), config.clip_grad_norm or math.inf)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-
-            values = {"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": learning_rate(config, step)}
+            loss, norm = optimizer_step(config, model, trained, optimizer, scaler, autocast, loader)
+            values = {"loss": loss, "grad_norm": norm, "learning_rate": learning_rate(config, step)}
             rate = config.batch / (time.perf_counter() - start)
             metrics.add(step + 1, **values, images_per_second=round(rate, 2))
             bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.1f} images/s{meter.last}")
