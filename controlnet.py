@@ -149,7 +149,9 @@ _TINY = dict(
     ),
     vae=VAEConfig(ch=16, ch_mult=(1, 1, 2, 4), num_res_blocks=1, norm_groups=1),
     text=TextConfig(width=64, layers=2, heads=4, mlp_width=256),
+    prediction="v",
     scale_factor=1.0,
+    linear_end=0.02,
     hint_widths=(8, 16, 32, 64),
     guidance=4.0,
     resolution=128,
@@ -229,7 +231,7 @@ class ControlLDM(nn.Module):
 
     @classmethod
     def from_file(
-        cls, path: str | Path, attach: bool = False, hint_channels: int | None = None, prediction: str | None = None,
+        cls, path: str | Path, attach: bool = False, hint_channels: int | None = None, prediction: str = "auto",
         seed: int = 0,
     ) -> "ControlLDM":  # fmt: skip
         """Build the model that `path` holds.
@@ -237,19 +239,19 @@ class ControlLDM(nn.Module):
         `path`: a Stable Diffusion file, with ControlNet or without, or the folder of a training run, which stands for
         its base file with the newest checkpoint's weights over it. `attach`: where there is no ControlNet, add a new
         one, with `hint_channels` (default 3) and its hint encoder initialised from `seed`. `prediction` ("eps" or "v")
-        overrides what shapes cannot tell (SD 2.1 at 768 px is "v").
+        overrides what the file cannot tell (SD 2.1 at 768 px is "v").
         """
         path = Path(path)
         trained: dict[str, Tensor] = {}
         if path.is_dir():
             run_config = checkpoint.load_run(path)
             trained = checkpoint.load_state_dict(checkpoint.newest(path) / "trained.safetensors")
-            prediction = prediction or run_config.get("prediction")
+            prediction = run_config.get("prediction", "auto") if prediction == "auto" else prediction
             path = Path(run_config["base"])
         state = checkpoint.load_state_dict(path)
         config = detect(path, state)
         state |= trained
-        if prediction:
+        if prediction != "auto":
             config = dataclasses.replace(config, prediction=prediction)
         control = part(state, CONTROL)
         if control:

@@ -254,7 +254,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="use the middle block's residual alone (default: as the run was trained)")  # fmt: skip
     add("--resolution", help="size of the images, N or WxH (default: the hint's)")
     add("--hint-resample", choices=tuple(data.RESAMPLE), default="area", help="nearest: for label maps")
-    add("--prediction", choices=("eps", "v"), help="v for SD 2.1 at 768 px, which the file cannot tell")
+    add(
+        "--prediction",
+        choices=("auto", "eps", "v"),
+        default="auto",
+        help="v for SD 2.1 at 768 px, which the file cannot tell",
+    )
     add("--seed", type=int, default=0, help="the same seed draws the same images")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights")

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -58,7 +59,7 @@ class Config:
         "area", "what to train", "how hints are resized; nearest is for label maps", ("area", "nearest")
     )
     prediction: str = setting(
-        "", "what to train", "v for SD 2.1 at 768 px, which its file cannot tell", ("", "eps", "v")
+        "auto", "what to train", "v for SD 2.1 at 768 px, which its file cannot tell", ("auto", "eps", "v")
     )
 
     sd_locked: bool = setting(True, "what is trained", "off: the UNet's decoder trains too; use a rate of 2e-6 then")
@@ -179,14 +180,10 @@ class Prepared:
     uncond: Tensor  # (77,D): the context of the empty prompt
 
 
-def prepare(config: Config, model: ControlLDM, dataset: Sequence | None) -> Prepared:
-    """Open the data set, settle its size, hold out the validation items, and fill the caches."""
-    multiple = model.config.multiple
-    if dataset is None:
-        raw = data.Fill50K(config.data, hint_channels=config.hint_channels)
-        native = raw.sizes(0)[1]
-    else:
-        native = tuple(dataset[0]["jpg"].shape[1::-1])
+def prepare(config: Config, model: ControlLDM, dataset: data.Fill50K | Sequence[dict[str, Any]]) -> Prepared:
+    """Settle the data set's size, hold out the validation items, and fill the caches."""
+    multiple, files = model.config.multiple, isinstance(dataset, data.Fill50K)
+    native = dataset.sizes(0)[1] if files else np.shape(dataset[0]["jpg"])[1::-1]
     wanted = data.parse_resolution(config.resolution) if config.resolution else native
     size = data.fit_size(wanted, multiple)
     if size != native or size != wanted:
@@ -195,11 +192,10 @@ def prepare(config: Config, model: ControlLDM, dataset: Sequence | None) -> Prep
             f"(this UNet needs multiples of {multiple})"
         )
     config.resolution = f"{size[0]}x{size[1]}"
-    if dataset is None:
+    if files:
         triples = data.Fill50K(config.data, size, config.hint_channels, config.hint_resample)
     else:
         triples = data.Triples(dataset, size, config.hint_channels, config.hint_resample)
-
     count = len(triples)
     if count < 2:
         raise data.DataError("the data set has 1 item; it takes 2 to see whether a hint makes a difference")
@@ -426,11 +422,13 @@ def train(config: Config, dataset: Sequence[dict[str, Any]] | None = None, resum
     """
     run = Path(resume or config.out)
     folder = checkpoint.newest(run) if resume else None
+    if dataset is None:  # opened first: a bad row is told of before gigabytes are read
+        dataset = data.Fill50K(config.data, hint_channels=config.hint_channels)
     model = ControlLDM.from_file(
         run if resume else config.base,
         attach=True,
         hint_channels=config.hint_channels,
-        prediction=config.prediction or None,
+        prediction=config.prediction,
         seed=config.seed,
     ).to(config.device)
     trained, optimizer, scaler, autocast = assemble(config, model)
