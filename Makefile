@@ -37,7 +37,7 @@ sample: .venv/.run  ## draw with a trained one: [MODEL=] [HINT=] [PROMPT=] [OUT=
 	$(PY) sampler.py --model $(MODEL) --hint $(HINT) --prompt "$(PROMPT)" $(if $(OUT),--out $(OUT)) $(ARGS)
 
 data: .venv/.run  ## make the demo's data set, data/circles
-	$(PY) circles.py make data/circles --count 3000 --size 128 --seed 0
+	$(PY) circles.py make data/circles $(ARGS)
 
 pretrain: .venv/.run  ## make models/tiny_sd.safetensors, the demo's base, from nothing (about an hour on two cores)
 	$(PY) pretrain.py $(ARGS)

@@ -94,7 +94,7 @@ def random_circle(seed: int, index: int) -> Circle:
     return Circle(float(x), float(y), float(rng.uniform(0.12, 0.5)), str(color), str(background))
 
 
-def make(out: str | Path, count: int, size: int, seed: int = 0) -> None:
+def make(out: str | Path, count: int = 2000, size: int = 128, seed: int = 0) -> None:
     """Write `count` triples at `size` x `size` into `out` in Fill50K's layout; `prompt.json` comes last, when whole."""
     out = Path(out)
     for side in ("source", "target"):
@@ -227,8 +227,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make synthetic Fill50K, or judge a ControlNet trained on it.")
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("make", help="write a data set", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("out", help="folder to make")
-    p.add_argument("--count", type=int, default=5000, help="how many pairs")
+    p.add_argument("out", nargs="?", default="data/circles", help="folder to make")
+    p.add_argument("--count", type=int, default=2000, help="how many pairs")
     p.add_argument("--size", type=int, default=128, help="side of the images in pixels")
     p.add_argument("--seed", type=int, default=0, help="the same seed makes the same data set")
     p = commands.add_parser("judge", help="measure a run", formatter_class=argparse.ArgumentDefaultsHelpFormatter)

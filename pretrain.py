@@ -200,7 +200,6 @@ def train_base(model: ControlLDM, out: Path, steps: int, items: int = 8192) -> N
     def look(step: int) -> str:
         current = {k: v.clone() for k, v in modules.state_dict().items()}
         modules.load_state_dict(average)
-        checkpoint.save_safetensors(out / "base.partial.safetensors", average)
         shown = EVAL[:16]
         context = model.encode_prompts([c.prompt for c in shown])
         negative = model.encode_prompts([""]).expand_as(context)
@@ -227,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--work", default="runs/pretrain", help="folder for the stages' weights and pictures")
     parser.add_argument("--vae-steps", type=int, default=6000, help="steps of the VAE")
     parser.add_argument("--base-steps", type=int, default=4000, help="steps of text tower and UNet")
-    parser.add_argument("--decoder-steps", type=int, default=2500, help="steps of the decoder's polish")
+    parser.add_argument("--decoder-steps", type=int, default=1000, help="steps of the decoder's polish")
     parser.add_argument("--seed", type=int, default=0, help="of weights and noise")
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)

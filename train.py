@@ -120,7 +120,6 @@ DEMO = dict(
     log_steps=20,
     validation=16,
 )
-DEMO_DATA = dict(count=3000, size=128, seed=0)
 FIXED_ON_RESUME = ("base", "data", "resolution", "hint_channels", "hint_resample", "prediction", "seed")
 
 
@@ -486,6 +485,7 @@ class Meter:
         gain = 1 - right / other
         self.metrics.add(step, val_loss=right, val_loss_other_hints=other, control_gain=gain)
         self.last = f", control gain {gain:.3f}"
+        tqdm.write(f"step {step}: validation loss {right:.4f}, control gain {gain:.3f}")
         log.save_curves(self.run / "curves.png", self.metrics)
         at = log.sudden_convergence(*self.metrics.series("control_gain"))
         if at is not None and not self.told:
@@ -593,8 +593,16 @@ def validate(config: Config) -> None:
 def main(argv: list[str] | None = None) -> None:
     config, resume = parse(argv)
     if config.data == DEMO["data"] and not (Path(config.data) / "prompt.json").exists():
-        circles.make(config.data, **DEMO_DATA)
-    train(config, resume=resume)
+        circles.make(config.data)
+    try:
+        train(config, resume=resume)
+    except KeyboardInterrupt:
+        run = resume or config.out
+        done = checkpoint.list_checkpoints(run)
+        say = (
+            f"python train.py --resume {run} goes on from {done[-1].name}" if done else "no checkpoint was written yet"
+        )
+        sys.exit(f"train.py: stopped; {say}")
 
 
 if __name__ == "__main__":
