@@ -5,13 +5,14 @@ with labelled columns, and `curves.png` with the loss and the control gain.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from tqdm import tqdm
 
 INK, PAPER, FAINT, BLUE, RED = (30, 30, 30), (255, 255, 255), (225, 225, 225), (31, 105, 190), (200, 50, 40)
 
@@ -111,6 +112,37 @@ def sudden_convergence(steps: Sequence[int], gains: Sequence[float]) -> int | No
         if gains[i] > 0.1 and gains[i + 1] > 0.1:
             return steps[i]
     return None
+
+
+class Meter:
+    """The convergence meter: how much better does the model do with the right hints than with others'?
+
+    Every `every` steps (0: never) it asks `losses() -> (right hints, other hints)` on the fixed validation batch, writes
+    the control gain, 1 - right / other, to the metrics, lets `draw(path)` save the image log, and tells of the jump.
+    """
+
+    def __init__(
+        self, run: Path, metrics: Metrics, every: int, losses: Callable[[], tuple], draw: Callable[[Path], None]
+    ):
+        self.run, self.metrics, self.every, self.losses, self.draw = run, metrics, every, losses, draw
+        self.last = ""
+        self.told = sudden_convergence(*metrics.series("control_gain")) is not None
+
+    def measure(self, step: int, last: bool = False) -> None:
+        """Measure if it is time; a resumed run does not repeat what the stopped one measured."""
+        if not self.every or (step % self.every and not last) or step in self.metrics.series("control_gain")[0]:
+            return
+        right, other = self.losses()
+        gain = 1 - right / other
+        self.metrics.add(step, val_loss=right, val_loss_other_hints=other, control_gain=gain)
+        self.last = f", control gain {gain:.3f}"
+        tqdm.write(f"step {step}: validation loss {right:.4f}, control gain {gain:.3f}")
+        self.draw(self.run / "image_log" / f"step-{step:06d}.png")
+        save_curves(self.run / "curves.png", self.metrics)
+        at = sudden_convergence(*self.metrics.series("control_gain"))
+        if at is not None and not self.told:
+            self.told = True
+            tqdm.write(f"sudden convergence at step {at}: the hint is obeyed (control gain {gain:.3f})")
 
 
 # ------------------------------------------------------------------------------------------------------------ curves

@@ -284,8 +284,8 @@ def to_device(model: ControlLDM, batch: dict[str, Any], device: str) -> tuple[Te
 class Watch:
     """The fixed validation batch: how much do the hints help, and what does it look like?"""
 
-    def __init__(self, config: Config, model: ControlLDM, prepared: Prepared):
-        self.config, self.prepared = config, prepared
+    def __init__(self, config: Config, model: ControlLDM, prepared: Prepared, autocast: torch.autocast):
+        self.config, self.model, self.prepared, self.autocast = config, model, prepared, autocast
         samples = prepared.samples
         items = [samples.item(i) for i in prepared.validation]
         rounds = max(1, math.ceil(16 / len(items)))  # at least 16 measurements, at timesteps spread over the schedule
@@ -303,22 +303,24 @@ class Watch:
             self.batches.append(torch.utils.data.default_collate(items) | extra)
 
     @torch.no_grad()
-    def losses(self, model: ControlLDM) -> tuple[float, float]:
+    def losses(self) -> tuple[float, float]:
         """Mean loss with the right hints, and with the hints of other samples."""
+        model = self.model
         size = self.config.batch_size
         sums = [0.0, 0.0]
         for batch in self.batches:
             latents, context, hint, timesteps, noise = to_device(model, batch, self.config.device)
             for k, given in enumerate((hint, hint.roll(1, dims=0))):
                 for part in zip(*(x.split(size) for x in (latents, context, given, timesteps, noise)), strict=True):
-                    sums[k] += diffusion_loss(model, *part, self.config.only_mid_control).sum().item()
+                    with self.autocast:
+                        sums[k] += diffusion_loss(model, *part, self.config.only_mid_control).sum().item()
         count = sum(len(batch["timestep"]) for batch in self.batches)
         return sums[0] / count, sums[1] / count
 
     @torch.no_grad()
-    def draw(self, model: ControlLDM, path: Path) -> None:
+    def draw(self, path: Path) -> None:
         """Save the grid of the validation items: control, prediction, ground truth, reconstruction, prompt."""
-        config, samples = self.config, self.prepared.samples
+        config, model, samples = self.config, self.model, self.prepared.samples
         count = min(config.log_images, len(self.prepared.validation))
         chosen = self.prepared.validation[:count]
         batch = {k: v[:count] for k, v in self.batches[0].items()}
@@ -328,20 +330,12 @@ class Watch:
         for i in range(0, count, config.batch_size):
             part = slice(i, i + config.batch_size)
             negative = self.prepared.uncond.to(context).expand_as(context[part])
-            drawn.append(
-                sampler.sample(
-                    model,
-                    context[part],
-                    negative,
-                    hint[part],
-                    size,
-                    config.log_steps,
-                    config.guidance or None,
-                    config.seed,
-                    i,
-                    only_mid_control=config.only_mid_control,
-                )
-            )
+            with self.autocast:
+                latents_drawn = sampler.sample(
+                    model, context[part], negative, hint[part], size, config.log_steps, config.guidance or None,
+                    config.seed, i, only_mid_control=config.only_mid_control,
+                )  # fmt: skip
+            drawn.append(latents_drawn)
         home = next(model.vae.parameters()).device  # after caching the VAE rests on the CPU
         model.vae.to(config.device)
         log.save_grid(
@@ -434,11 +428,11 @@ def train(config: Config, dataset: Sequence[dict[str, Any]] | None = None, resum
     state = checkpoint.restore_training(folder, trained, optimizer, scaler) if folder else {"step": 0, "samples": 0}
 
     prepared = prepare(config, model, dataset)
-    watch = Watch(config, model, prepared) if config.logger_freq else None
+    watch = Watch(config, model, prepared, autocast)
     run.mkdir(parents=True, exist_ok=True)
     checkpoint.save_json(run / "config.json", dataclasses.asdict(config))
     metrics = log.Metrics(run, state["step"])
-    meter = Meter(config, run, metrics, watch)
+    meter = log.Meter(run, metrics, config.logger_freq, watch.losses, watch.draw)
     consumed, total = state["samples"], (config.steps - state["step"]) * config.batch
     loader = data.batches(
         prepared.samples, consumed, consumed + total, config.batch_size, config.workers, "cuda" in config.device
@@ -448,7 +442,7 @@ def train(config: Config, dataset: Sequence[dict[str, Any]] | None = None, resum
     with tqdm(total=config.steps, initial=state["step"], desc="training", unit="step", disable=None) as bar:
         for step in range(state["step"], config.steps):
             with bar.external_write_mode():
-                meter.measure(model, autocast, step)
+                meter.measure(step)
             start = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
@@ -460,37 +454,9 @@ def train(config: Config, dataset: Sequence[dict[str, Any]] | None = None, resum
             bar.update()
             if (step + 1) % config.checkpoint_freq == 0 or step + 1 == config.steps:
                 folder = save(run, config, model, trained, optimizer, scaler, step + 1)
-    meter.measure(model, autocast, config.steps, last=True)
+    meter.measure(config.steps, last=True)
     report(config, run, folder, metrics, prepared)
     return run
-
-
-class Meter:
-    """Every `logger_freq` steps: the control gain into the metrics, the image log and the curves into the run."""
-
-    def __init__(self, config: Config, run: Path, metrics: log.Metrics, watch: Watch | None):
-        self.config, self.run, self.metrics, self.watch = config, run, metrics, watch
-        self.last = ""
-        self.told = log.sudden_convergence(*metrics.series("control_gain")) is not None
-
-    def measure(self, model: ControlLDM, autocast: Any, step: int, last: bool = False) -> None:
-        if self.watch is None or (step % self.config.logger_freq and not last):
-            return
-        steps, _ = self.metrics.series("control_gain")
-        if step in steps:  # a resumed run stands where the stopped one had measured
-            return
-        with autocast:
-            right, other = self.watch.losses(model)
-            self.watch.draw(model, self.run / "image_log" / f"step-{step:06d}.png")
-        gain = 1 - right / other
-        self.metrics.add(step, val_loss=right, val_loss_other_hints=other, control_gain=gain)
-        self.last = f", control gain {gain:.3f}"
-        tqdm.write(f"step {step}: validation loss {right:.4f}, control gain {gain:.3f}")
-        log.save_curves(self.run / "curves.png", self.metrics)
-        at = log.sudden_convergence(*self.metrics.series("control_gain"))
-        if at is not None and not self.told:
-            self.told = True
-            tqdm.write(f"sudden convergence at step {at}: the hint is obeyed (control gain {gain:.3f})")
 
 
 def announce(config: Config, model: ControlLDM, trained: dict, prepared: Prepared, step: int) -> None:
