@@ -352,12 +352,14 @@ class Watch:
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
-def save(run: Path, config: Config, model: ControlLDM, trained: dict, optimizer: Any, scaler: Any, step: int) -> Path:
+def save(
+    run: Path, config: Config, model: ControlLDM, trained: dict, optimizer: Any, scaler: Any, step: int, consumed: int
+) -> Path:
     """Write the checkpoint of a step: all of the ControlNet (also what does not train in this mode), and the decoder if
     it trains."""
     weights = {k: v for k, v in model.state_dict().items() if k.startswith("control_model.") or k in trained}
     metadata = {"config": model.config.to_json(), "step": str(step), "sd_locked": json.dumps(config.sd_locked)}
-    state = {"step": step, "samples": step * config.batch, "config": dataclasses.asdict(config)}
+    state = {"step": step, "samples": consumed, "config": dataclasses.asdict(config)}
     return checkpoint.save_training(run, weights, metadata, trained, optimizer, scaler, state, config.keep_checkpoints)
 
 
@@ -452,8 +454,9 @@ def train(config: Config, dataset: Sequence[dict[str, Any]] | None = None, resum
             metrics.add(step + 1, **values, images_per_second=round(rate, 2))
             bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.1f} images/s{meter.last}")
             bar.update()
+            consumed += config.batch
             if (step + 1) % config.checkpoint_freq == 0 or step + 1 == config.steps:
-                folder = save(run, config, model, trained, optimizer, scaler, step + 1)
+                folder = save(run, config, model, trained, optimizer, scaler, step + 1, consumed)
     meter.measure(config.steps, last=True)
     report(config, run, folder, metrics, prepared)
     return run

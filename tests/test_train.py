@@ -103,6 +103,15 @@ def test_unlocking_on_resume_starts_the_decoder_afresh(config, capsys):
     assert any(".output_blocks." in k for k in weights(run))
 
 
+def test_another_batch_size_on_resume_goes_on_with_the_next_samples(config):
+    """4 steps of 4 and 2 of 2 have consumed 20 samples; none twice."""
+    run = train.train(config)
+    for steps in ("5", "6"):
+        train.train(train.parse(["--resume", str(run), "--batch-size", "2", "--steps", steps])[0], resume=run)
+    state = data.read_json(checkpoint.newest(run) / "state.json")
+    assert (state["step"], state["samples"]) == (6, 20)
+
+
 def test_only_mid_control_trains_no_other_zero_convolution(config):
     config.only_mid_control = True
     trained = weights(train.train(config))
