@@ -118,7 +118,8 @@ class Meter:
     """The convergence meter: how much better does the model do with the right hints than with others'?
 
     Every `every` steps (0: never) it asks `losses() -> (right hints, other hints)` on the fixed validation batch,
-    writes the control gain, 1 - right / other, to the metrics, lets `draw(path)` save the image log, and tells of the jump.
+    writes the control gain, 1 - right / other, to the metrics, lets `draw(path)` save the image log, and tells of the
+    jump.
     """
 
     def __init__(

@@ -417,6 +417,12 @@ def train(config: Config, dataset: Sequence[dict[str, Any]] | None = None, resum
     """
     run = Path(resume or config.out)
     folder = checkpoint.newest(run) if resume else None
+    if not resume and (run / "config.json").exists():
+        done = checkpoint.list_checkpoints(run)
+        raise CheckpointError(
+            f"{run} holds a run{f' (at {done[-1].name})' if done else ''}: --resume {run} goes on with it, "
+            "--out FOLDER puts the new one elsewhere, --overwrite starts anew"
+        )
     if dataset is None:  # opened first: a bad row is told of before gigabytes are read
         dataset = data.Fill50K(config.data, hint_channels=config.hint_channels)
     model = ControlLDM.from_file(
@@ -532,13 +538,7 @@ def parse(argv: list[str] | None) -> tuple[Config, str | None]:
         )
     config = Config(**(settings | given))
     validate(config)
-    if not resume and (Path(config.out) / "config.json").exists():
-        if not overwrite:
-            done = checkpoint.list_checkpoints(config.out)
-            raise CheckpointError(
-                f"{config.out} holds a run{f' (at {done[-1].name})' if done else ''}: "
-                f"--resume {config.out} goes on with it, --out FOLDER puts the new one elsewhere, --overwrite redoes it"
-            )
+    if overwrite and not resume and (Path(config.out) / "config.json").exists():
         shutil.rmtree(config.out)
     return config, resume
 

@@ -226,7 +226,8 @@ def test_command_line(config, base, folder, tmp_path):
         train.parse([*args, "--steps", "0"])
     run = train.train(config)
     with pytest.raises(CheckpointError, match="holds a run .at step-000004.*--resume.*--overwrite"):
-        train.parse([*args, "--out", str(run)])
+        train.train(config)
+    assert run.exists()
     train.parse([*args, "--out", str(run), "--overwrite"])
     assert not run.exists()
 
