@@ -8,7 +8,7 @@ DATA ?=
 OUT ?=
 ARGS ?=
 MODEL ?= runs/demo
-HINT ?= runs/demo/hint.png
+HINT ?= $(MODEL)/hint.png
 PROMPT ?= light sea green circle with dark salmon background
 HUB := https://huggingface.co
 
@@ -46,7 +46,7 @@ merge: .venv/.run  ## attach a ControlNet to a Stable Diffusion file: BASE= OUT=
 	$(PY) merge.py attach $(BASE) $(OUT) $(ARGS)
 
 bench: .venv/.run  ## measure the training step on this machine: [ARGS=]
-	$(PY) bench.py $(or $(ARGS),step)
+	$(PY) bench.py step $(ARGS)
 
 test: .venv/.dev  ## lint, then all tests
 	@$(PY) -m ruff check --quiet . && $(PY) -m ruff format --check --quiet .
@@ -62,8 +62,10 @@ fill50k: data/fill50k/prompt.json  ## download Fill50K into data/fill50k
 
 data/fill50k/prompt.json:
 	mkdir -p data
-	curl -fL -C - -o data/fill50k.zip $(HUB)/lllyasviel/ControlNet/resolve/main/training/fill50k.zip
-	$(PYTHON) -m zipfile -e data/fill50k.zip data
+	test -f data/fill50k.zip || { curl -fL -C - -o data/fill50k.zip.partial \
+	  $(HUB)/lllyasviel/ControlNet/resolve/main/training/fill50k.zip && mv data/fill50k.zip.partial data/fill50k.zip; }
+	rm -rf data/unpacking && $(PYTHON) -m zipfile -e data/fill50k.zip data/unpacking
+	mv data/unpacking/fill50k data/fill50k && rm -rf data/unpacking
 
 sd15: models/v1-5-pruned.ckpt  ## download Stable Diffusion 1.5 (7.7 GB) into models
 

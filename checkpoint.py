@@ -361,7 +361,8 @@ def restore_training(
     Parameters that did not train then start afresh.
     """
     state = json.loads((folder / "state.json").read_text())
-    scaler.load_state_dict(state["scaler"])
+    if state["scaler"] and scaler.is_enabled():
+        scaler.load_state_dict(state["scaler"])
     moments: dict[str, dict[str, Tensor]] = {}
     for key, value in load_state_dict(folder / "optimizer.safetensors").items():
         kind, name = key.split(":", 1)

@@ -99,6 +99,7 @@ def make(out: str | Path, count: int = 2000, size: int = 128, seed: int = 0) -> 
     out = Path(out)
     for side in ("source", "target"):
         (out / side).mkdir(parents=True, exist_ok=True)
+    (out / "prompt.json").unlink(missing_ok=True)  # of a data set that stood here: never the old words to new pictures
     lines = []
     for i in tqdm(range(count), desc=f"drawing {out}", unit="pair", disable=None):
         circle = random_circle(seed, i)
@@ -137,8 +138,8 @@ class Verdict:
 def among_nearest(rgb: np.ndarray, name: str, count: int = 5) -> bool:
     """Is `name` among the `count` colours nearest to `rgb` (3,) 0..255? Aqua and cyan, being equal, count as one."""
     distances = np.linalg.norm(PALETTE - rgb, axis=1)
-    own = np.linalg.norm(np.array(COLORS[name]) - rgb)
-    return len({tuple(c) for c in PALETTE[distances < own]}) < count
+    nearer = distances < distances[list(COLORS).index(name)]
+    return len({tuple(c) for c in PALETTE[nearer]}) < count
 
 
 def measure(image: np.ndarray, circle: Circle) -> Verdict:
@@ -206,8 +207,8 @@ def judge(run: str | Path, count: int = 64, steps: int = 20, device: str = "cpu"
         "colors": float(np.mean([v.color_right and v.background_right for v in verdicts])),
     }
     print(
-        f"{run}: {count} held-out hints: mean IoU {figures['iou']:.3f} (base alone {figures['base_iou']:.3f}), "
-        f"colours right in {figures['colors']:.0%}"
+        f"{run}: {count} held-out hints (in colours that can be told apart): mean IoU {figures['iou']:.3f} "
+        f"(base alone {figures['base_iou']:.3f}), colours right in {figures['colors']:.0%}"
     )
     if Path(run).is_dir():
         few = circles[:6]

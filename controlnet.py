@@ -62,7 +62,8 @@ class ControlNet(UNetEncoder):
         state = unet.state_dict() | new_weights(unet.config, hint_channels, hint_widths, seed)
         with torch.device("meta"):
             control = cls(unet.config, hint_channels, hint_widths)
-        control.load_state_dict({k: state[k].clone() for k in control.state_dict()}, assign=True)
+        like = unet.time_embed[0].weight
+        control.load_state_dict({k: state[k].to(like, copy=True) for k in control.state_dict()}, assign=True)
         return control
 
     def forward(
@@ -252,6 +253,7 @@ class ControlLDM(nn.Module):
         config = detect(path, state)
         state |= trained
         if prediction != "auto":
+            config = SD21_V if config == SD21 and prediction == "v" else config
             config = dataclasses.replace(config, prediction=prediction)
         control = part(state, CONTROL)
         if control:

@@ -19,6 +19,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -29,11 +30,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-RESAMPLE = {"area": Image.Resampling.BOX, "nearest": Image.Resampling.NEAREST, "bicubic": Image.Resampling.BICUBIC}
+RESAMPLE = {"area": Image.Resampling.BOX, "nearest": Image.Resampling.NEAREST}
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -52,16 +53,27 @@ def read_image(path: str | Path, channels: int | None = 3) -> np.ndarray:
         if path.suffix == ".npy":
             array = np.load(path, allow_pickle=False)
             array = array[..., None] if array.ndim == 2 else array
-            array = array if array.dtype == np.uint8 else (array.clip(0, 1) * 255).round().astype(np.uint8)
+            if array.dtype != np.uint8:
+                if array.dtype.kind != "f" or array.min() < 0 or array.max() > 1:
+                    span = f"{array.dtype} from {array.min()} to {array.max()}"
+                    raise DataError(f"{path}: holds {span}; give uint8, or floats in [0, 1]")
+                array = (array * 255).round().astype(np.uint8)
             if array.ndim != 3 or channels not in (None, array.shape[2]):
                 raise DataError(f"{path}: is {array.shape}, should be (height, width, {channels})")
             return array
         with Image.open(path) as image:
             return _pixels(image, path, channels or 3)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such image") from None
-    except OSError as e:
-        raise DataError(f"{path}: not a readable image ({e})") from e
+    except Exception as e:
+        raise _unreadable(path, e) from e
+
+
+def _unreadable(path: Path, e: Exception) -> "DataError":
+    """What a decoder's exception (there are many kinds) becomes: one line with the file's name."""
+    if isinstance(e, DataError):
+        return e
+    return DataError(
+        f"{path}: no such image" if isinstance(e, FileNotFoundError) else f"{path}: not a readable image ({e})"
+    )
 
 
 def _pixels(image: Image.Image, path: Path, channels: int) -> np.ndarray:
@@ -69,8 +81,22 @@ def _pixels(image: Image.Image, path: Path, channels: int) -> np.ndarray:
         raise DataError(
             f"{path}: a picture has 1, 3 or 4 channels; for {channels} give .npy files of (height, width, {channels})"
         )
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits a pixel, as depth maps have; Pillow's own conversion would clip them
+        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().clip(0, 255).astype(np.uint8))
     array = np.asarray(image.convert(MODES[channels]))
     return array[..., None] if array.ndim == 2 else array
+
+
+def save_hint(stem: Path, hint: np.ndarray) -> Path:
+    """Save a hint (H,W,C) in [0,1] so that `read_image` reads it back: as `.png`, or `.npy` where a picture cannot."""
+    array, channels = (hint * 255).round().astype(np.uint8), hint.shape[2]
+    path = stem.with_suffix(".png" if channels in MODES else ".npy")
+    if channels in MODES:
+        Image.fromarray(array[..., 0] if channels == 1 else array).save(path)
+    else:
+        np.save(path, array)
+    return path
 
 
 def resize(array: np.ndarray, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
@@ -141,12 +167,15 @@ def read_rows(root: str | Path) -> tuple[list[Row], list[str]]:
         )
         raise DataError(f"{root}: {hint}")
     rows, problems = [], []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"
         try:
-            entry = json.loads(line)
+            entry = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError:
+            problems.append(f"{where}: not UTF-8 text")
+            continue
         except json.JSONDecodeError as e:
             problems.append(f"{where}: not JSON ({e.msg} at column {e.colno})")
             continue
@@ -159,7 +188,7 @@ def read_rows(root: str | Path) -> tuple[list[Row], list[str]]:
             problems.append(f"{where}: lacks the text {' and '.join(wrong)}")
             continue
         paths = [root / entry["source"], root / entry["target"]]
-        outside = [str(p) for p in paths if not p.resolve().is_relative_to(root.resolve())]
+        outside = [str(p) for p in paths if os.path.relpath(p, root).startswith("..")]
         if outside:
             problems.append(f"{where}: {outside[0]} leaves the folder")
             continue
@@ -199,7 +228,11 @@ class Fill50K:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        return dict(jpg=self.image(i), txt=self.prompt(i), hint=self.hint(i))
+        return self.parts(i)
+
+    def parts(self, i: int, image: bool = True) -> dict[str, Any]:
+        """Item i, without its `jpg` unless `image`."""
+        return dict(txt=self.prompt(i), hint=self.hint(i)) | (dict(jpg=self.image(i)) if image else {})
 
     def prompt(self, i: int) -> str:
         return self.rows[i].prompt
@@ -249,10 +282,10 @@ def _size_of(path: Path, row: Row, root: Path) -> tuple[int, int]:
             height, width = np.load(path, mmap_mode="r", allow_pickle=False).shape[:2]
             return width, height
         with Image.open(path) as image:
-            return image.size
-    except (OSError, ValueError) as e:
-        what = "no such image" if isinstance(e, FileNotFoundError) else f"not a readable image ({e})"
-        raise DataError(f"{root / 'prompt.json'}, line {row.line}: {path}: {what}") from e
+            turned = image.getexif().get(0x0112, 1) >= 5  # the orientation tag: a quarter turn
+            return image.size[::-1] if turned else image.size
+    except Exception as e:
+        raise DataError(f"{root / 'prompt.json'}, line {row.line}: {_unreadable(path, e)}") from e
 
 
 class Triples:
@@ -276,6 +309,10 @@ class Triples:
         return len(self.dataset)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
+        return self.parts(i)
+
+    def parts(self, i: int, image: bool = True) -> dict[str, Any]:
+        """Item i, without its `jpg` unless `image`; asked for once, so that random items stay whole."""
         item = self.dataset[i]
         lacking = [k for k in ("jpg", "txt", "hint") if k not in item]
         if lacking:
@@ -287,11 +324,8 @@ class Triples:
             raise DataError(
                 f"item {i} of the data set: jpg is {a[0]}x{a[1]} but hint is {b[0]}x{b[1]}; same aspect ratio needed"
             )
-        return dict(
-            jpg=resize(jpg, self.size, Image.Resampling.LANCZOS).clip(-1, 1),
-            txt=str(item["txt"]),
-            hint=resize(hint, self.size, self.hint_filter),
-        )
+        parts = dict(txt=str(item["txt"]), hint=resize(hint, self.size, self.hint_filter))
+        return parts | (dict(jpg=resize(jpg, self.size, Image.Resampling.LANCZOS).clip(-1, 1)) if image else {})
 
     def image(self, i: int) -> np.ndarray:
         return self[i]["jpg"]
@@ -432,17 +466,19 @@ class Samples(torch.utils.data.Dataset):
 
     def item(self, i: int) -> dict[str, Any]:
         """The part of a sample that is not random."""
-        out: dict[str, Any] = {"hint": to_tensor(self.triples.hint(i))}
+        parts = self.triples.parts(i, image=self.latents is None)
+        out: dict[str, Any] = {"hint": to_tensor(parts["hint"])}
         if self.latents is not None:
             cache, keys = self.latents
             out["moments"] = cache[keys[i]]
         else:
-            out["image"] = to_tensor(self.triples.image(i))
-        prompt = self.triples.prompt(i)
-        if self.contexts is not None:
-            out["context"] = self.contexts[digest(prompt)]
+            out["image"] = to_tensor(parts["jpg"])
+        if self.contexts is None:
+            out["prompt"] = parts["txt"]
+        elif (key := digest(parts["txt"])) in self.contexts.index:
+            out["context"] = self.contexts[key]
         else:
-            out["prompt"] = prompt
+            raise DataError(f"item {i} of the data set has another prompt each time: use --no-cache (cache=False)")
         return out
 
     def __getitem__(self, n: int) -> dict[str, Any]:
@@ -472,12 +508,13 @@ def batches(samples: Samples, start: int, stop: int, batch: int, workers: int = 
 # --------------------------------------------------------------------------------------------------------------- CLI
 def show(root: str, number: int, out: str | Path) -> None:
     """Print the data set's length and pair `number`'s prompt and shapes; save the pair side by side."""
-    dataset = Fill50K(root)
+    dataset = Fill50K(root, hint_channels=None)
     if not -len(dataset) <= number < len(dataset):
         raise DataError(f"{root}: has rows 0..{len(dataset) - 1}, no {number}")
     item = dataset[number]
     print(len(dataset), item["txt"], item["jpg"].shape, item["hint"].shape, sep="\n")
     hint, target = (item["hint"] * 255).round().astype(np.uint8), ((item["jpg"] + 1) * 127.5).round().astype(np.uint8)
+    hint = hint[..., :3] if hint.shape[2] > 2 else hint[..., :1].repeat(3, 2)
     hint = resize(hint, target.shape[1::-1], RESAMPLE["nearest"])
     Image.fromarray(np.concatenate([hint, target], axis=1)).save(out)
     print(f"hint and target in {out}")
@@ -493,8 +530,7 @@ def check(root: str) -> tuple[int, list[str]]:
                 read(i)
             except DataError as e:
                 problems.append(str(e))
-                break
-    return len(dataset), problems
+    return len(dataset), list(dict.fromkeys(problems))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -240,6 +240,7 @@ def main(argv: list[str] | None = None) -> None:
             model.load_state_dict(checkpoint.load_state_dict(file), strict=False)
             print(f"{name}: done before ({file})")
             return
+        torch.manual_seed(data.mix(name, args.seed))  # each stage's noise is its own, also after an interruption
         run()
         checkpoint.save_safetensors(file, {k: v for k, v in model.state_dict().items() if k.startswith(prefixes)})
 

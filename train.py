@@ -14,6 +14,8 @@ import argparse
 import dataclasses
 import json
 import math
+import os
+import shlex
 import shutil
 import sys
 import time
@@ -25,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -120,7 +121,9 @@ DEMO = dict(
     log_steps=20,
     validation=16,
 )
-FIXED_ON_RESUME = ("base", "data", "resolution", "hint_channels", "hint_resample", "prediction", "seed")
+FIXED_ON_RESUME = (
+    "base", "data", "resolution", "hint_channels", "hint_resample", "prediction", "seed", "validation",
+)  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------------- loss
@@ -192,7 +195,7 @@ def prepare(config: Config, model: ControlLDM, dataset: data.Fill50K | Sequence[
         )
     config.resolution = f"{size[0]}x{size[1]}"
     if files:
-        triples = data.Fill50K(config.data, size, config.hint_channels, config.hint_resample)
+        dataset.size, triples = size, dataset
     else:
         triples = data.Triples(dataset, size, config.hint_channels, config.hint_resample)
     count = len(triples)
@@ -239,9 +242,10 @@ def fill_caches(
         triples.key(i)
         for i in tqdm(range(len(triples)), desc="reading targets", unit="image", disable=None, leave=False)
     ]
-    if isinstance(triples, data.Triples) and triples.key(0) != keys[0]:
+    once = [(keys[i], triples.prompt(i)) for i in range(min(8, len(keys)))]
+    if once != [(triples.key(i), triples.prompt(i)) for i in range(len(once))]:
         raise data.DataError(
-            "the data set gives another image each time it is asked for item 0: use --no-cache (cache=False)"
+            "the data set gives another item each time it is asked for one: use --no-cache (cache=False)"
         )
     shape = (2 * model.config.vae.z_channels, size[1] // vae.factor, size[0] // vae.factor)
     latents = data.Cache(root / f"latents-{fingerprint(vae)}", f"{size[0]}x{size[1]}", shape, dtype)
@@ -357,7 +361,7 @@ def save(
 ) -> Path:
     """Write the checkpoint of a step: all of the ControlNet (also what does not train in this mode), and the decoder if
     it trains."""
-    weights = {k: v for k, v in model.state_dict().items() if k.startswith("control_model.") or k in trained}
+    weights = {k: v for k, v in model.state_dict().items() if k.startswith("control_model.")} | trained
     metadata = {"config": model.config.to_json(), "step": str(step), "sd_locked": json.dumps(config.sd_locked)}
     state = {"step": step, "samples": consumed, "config": dataclasses.asdict(config)}
     return checkpoint.save_training(run, weights, metadata, trained, optimizer, scaler, state, config.keep_checkpoints)
@@ -398,8 +402,8 @@ def assemble(
     Frozen weights live in the precision that they are used in; trained ones stay fp32 under autocast.
     """
     trained, dtype, kind = choose_trained(model, config), DTYPES[config.precision], torch.device(config.device).type
-    for p in model.parameters():
-        if not p.requires_grad:
+    for name, p in model.named_parameters():
+        if not p.requires_grad and not name.startswith("control_model."):
             p.data = p.data.to(dtype)
     optimizer = torch.optim.AdamW(
         trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
@@ -408,23 +412,34 @@ def assemble(
     return trained, optimizer, scaler, torch.autocast(kind, dtype, enabled=dtype != torch.float32)
 
 
-def train(config: Config, dataset: Sequence[dict[str, Any]] | None = None, resume: str | Path | None = None) -> Path:
+def train(
+    config: Config,
+    dataset: Sequence[dict[str, Any]] | None = None,
+    resume: str | Path | None = None,
+    overwrite: bool = False,
+) -> Path:
     """Train as `config` says and return the run's folder.
 
     `dataset`: any array-like of dict(jpg (H,W,3) float32 in [-1,1], txt, hint (H,W,C) float32 in [0,1]), instead of the
-    folder `config.data`. `resume`: a run's folder to go on with; it is then also where the results go. Raises
-    CheckpointError or DataError, one line each, for what cannot be trained on.
+    folder `config.data`. `resume`: a run's folder to go on with; it is then also where the results go. `overwrite`:
+    start anew in a folder that holds a run. Raises CheckpointError or DataError, one line each, for what cannot be
+    trained on.
     """
+    config = dataclasses.replace(config)  # what is found out goes into the run's copy
+    validate(config)
     run = Path(resume or config.out)
     folder = checkpoint.newest(run) if resume else None
-    if not resume and (run / "config.json").exists():
-        done = checkpoint.list_checkpoints(run)
+    if not resume and not overwrite and (done := checkpoint.list_checkpoints(run)):
         raise CheckpointError(
-            f"{run} holds a run{f' (at {done[-1].name})' if done else ''}: --resume {run} goes on with it, "
-            "--out FOLDER puts the new one elsewhere, --overwrite starts anew"
+            f"{run} holds a run (at {done[-1].name}): --resume {run} goes on with it, --out FOLDER puts the new one "
+            "elsewhere, --overwrite starts anew"
         )
     if dataset is None:  # opened first: a bad row is told of before gigabytes are read
-        dataset = data.Fill50K(config.data, hint_channels=config.hint_channels)
+        if not config.data:
+            raise data.DataError(
+                f"{run} was trained on a data set of your own: train.train(config, dataset, resume=run)"
+            )
+        dataset = data.Fill50K(config.data, None, config.hint_channels, config.hint_resample)
     model = ControlLDM.from_file(
         run if resume else config.base,
         attach=True,
@@ -433,11 +448,20 @@ def train(config: Config, dataset: Sequence[dict[str, Any]] | None = None, resum
         seed=config.seed,
     ).to(config.device)
     trained, optimizer, scaler, autocast = assemble(config, model)
-    state = checkpoint.restore_training(folder, trained, optimizer, scaler) if folder else {"step": 0, "samples": 0}
+    state, carried = {"step": 0, "samples": 0}, {}
+    if folder:
+        state = checkpoint.restore_training(folder, trained, optimizer, scaler)
+        before = checkpoint.load_state_dict(folder / "trained.safetensors")
+        carried = {k: v for k, v in before.items() if k not in trained}  # trained once and locked now: still part of it
+    if state["step"] >= config.steps:
+        raise CheckpointError(f"{run}: is at step {state['step']} already; --steps {config.steps} asks for no more")
 
     prepared = prepare(config, model, dataset)
     watch = Watch(config, model, prepared, autocast)
     run.mkdir(parents=True, exist_ok=True)
+    if not resume:  # what a run that was stopped before its first checkpoint, or is to be overwritten, left
+        for leftover in ("checkpoints", "image_log"):
+            shutil.rmtree(run / leftover, ignore_errors=True)
     checkpoint.save_json(run / "config.json", dataclasses.asdict(config))
     metrics = log.Metrics(run, state["step"])
     meter = log.Meter(run, metrics, config.logger_freq, watch.losses, watch.draw)
@@ -449,8 +473,7 @@ def train(config: Config, dataset: Sequence[dict[str, Any]] | None = None, resum
 
     with tqdm(total=config.steps, initial=state["step"], desc="training", unit="step", disable=None) as bar:
         for step in range(state["step"], config.steps):
-            with bar.external_write_mode():
-                meter.measure(step)
+            meter.measure(step)
             start = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
@@ -462,9 +485,9 @@ def train(config: Config, dataset: Sequence[dict[str, Any]] | None = None, resum
             bar.update()
             consumed += config.batch
             if (step + 1) % config.checkpoint_freq == 0 or step + 1 == config.steps:
-                folder = save(run, config, model, trained, optimizer, scaler, step + 1, consumed)
+                folder = save(run, config, model, trained | carried, optimizer, scaler, step + 1, consumed)
     meter.measure(config.steps, last=True)
-    report(config, run, folder, metrics, prepared)
+    report(run, folder, metrics, prepared)
     return run
 
 
@@ -479,7 +502,7 @@ def announce(config: Config, model: ControlLDM, trained: dict, prepared: Prepare
     )
 
 
-def report(config: Config, run: Path, folder: Path | None, metrics: log.Metrics, prepared: Prepared) -> None:
+def report(run: Path, folder: Path, metrics: log.Metrics, prepared: Prepared) -> None:
     """What came of it, where it is, and how to draw with it."""
     steps, gains = metrics.series("control_gain")
     at = log.sudden_convergence(steps, gains)
@@ -488,19 +511,23 @@ def report(config: Config, run: Path, folder: Path | None, metrics: log.Metrics,
     elif gains:
         print(f"the hint is not obeyed yet (control gain {gains[-1]:.3f}); Stable Diffusion takes 3000 to 7000 steps")
     samples, shown = prepared.samples, prepared.validation[0]
-    hint = run / "hint.png"
-    Image.fromarray(log.hint_image(data.to_tensor(samples.triples.hint(shown)))).save(hint)
+    hint = data.save_hint(run / "hint", samples.triples.hint(shown))
+    python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else "python"
+    draw = [python, "sampler.py", "--model", str(run), "--hint", str(hint)]
+    draw += ["--prompt", samples.triples.prompt(shown), "--out", "samples"]
     print(
         f"pictures:  {run / 'image_log'}, {run / 'curves.png'}\n"
-        f"trained:   {folder / 'trained.safetensors' if folder else run / 'checkpoints'}\n"
-        f"draw:      python sampler.py --model {run} --hint {hint} "
-        f'--prompt "{samples.triples.prompt(shown)}" --out samples'
+        f"trained:   {folder / 'trained.safetensors'}\n"
+        f"draw:      {shlex.join(draw)}"
     )
 
 
 # --------------------------------------------------------------------------------------------------------------- CLI
-def parse(argv: list[str] | None) -> tuple[Config, str | None]:
-    """Flags -> configuration, and the run to resume if any. Later wins: defaults, demo or resumed run, flags."""
+def parse(argv: list[str] | None) -> tuple[Config, str | None, bool]:
+    """Flags -> configuration, the run to resume if any, whether to overwrite one.
+
+    Later wins: defaults, demo or resumed run, flags.
+    """
     parser = argparse.ArgumentParser(
         description="Train a ControlNet. Without --base and --data: the demo, circles on the tiny base.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -522,6 +549,8 @@ def parse(argv: list[str] | None) -> tuple[Config, str | None]:
     given = vars(parser.parse_args(argv))
     resume, overwrite = given.pop("resume", None), given.pop("overwrite", False)
     if resume:
+        if overwrite or "out" in given:
+            raise CheckpointError("--resume goes on in the run's own folder: no --out, no --overwrite")
         settings = {k: v for k, v in checkpoint.load_run(resume).items() if k in Config.__dataclass_fields__}
         changed = [k for k in FIXED_ON_RESUME if k in given and given[k] != settings[k]]
         if changed:
@@ -537,16 +566,18 @@ def parse(argv: list[str] | None) -> tuple[Config, str | None]:
             "give --base (a Stable Diffusion file) and --data (a folder) both, or neither for the demo"
         )
     config = Config(**(settings | given))
-    validate(config)
-    if overwrite and not resume and (Path(config.out) / "config.json").exists():
-        shutil.rmtree(config.out)
-    return config, resume
+    return config, resume, overwrite
 
 
 def validate(config: Config) -> None:
     """Refuse settings that make no sense, by name."""
+    if not config.base or not config.out:
+        raise CheckpointError(f"--{'out' if config.base else 'base'} is not set")
+    if not 1 <= config.log_steps <= 999:
+        raise CheckpointError(f"--log-steps is {config.log_steps}, should be 1 to 999")
     for name in (
         "steps",
+        "log_images",
         "batch_size",
         "accumulate_grad_batches",
         "hint_channels",
@@ -560,11 +591,11 @@ def validate(config: Config) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, resume = parse(argv)
+    config, resume, overwrite = parse(argv)
     if config.data == DEMO["data"] and not (Path(config.data) / "prompt.json").exists():
         circles.make(config.data)
     try:
-        train(config, resume=resume)
+        train(config, resume=resume, overwrite=overwrite)
     except KeyboardInterrupt:
         run = resume or config.out
         done = checkpoint.list_checkpoints(run)

@@ -214,3 +214,25 @@ def test_samples_are_functions_of_their_number(folder):
         assert sorted(samples.index(n) for n in range(10 * epoch, 10 * epoch + 10)) == list(range(10))
     assert [samples.index(n) for n in range(10)] != [samples.index(n) for n in range(10, 20)]
     assert not torch.equal(samples[0]["noise"], samples[0]["posterior"])
+
+
+def test_pictures_of_every_kind(tmp_path):
+    """16 bits a pixel keep their shades; the camera's orientation is applied; what is not uint8 or [0,1] is refused."""
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16)[None].repeat(48, 0)
+    Image.fromarray(ramp).save(tmp_path / "depth.png")
+    for channels in (1, 3):
+        read = data.read_image(tmp_path / "depth.png", channels)
+        assert abs(read[0, :, 0].astype(int) - ramp[0] // 257).max() <= 1
+    turned = Image.new("RGB", (60, 40))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert data.read_image(tmp_path / "turned.jpg").shape == (60, 40, 3)
+    write(tmp_path, {"source": "turned.jpg", "target": "turned.jpg", "prompt": "p"})
+    assert Fill50K(tmp_path).sizes(0) == ((40, 60), (40, 60))
+    np.save(tmp_path / "labels.npy", np.arange(12).reshape(2, 2, 3))
+    with pytest.raises(DataError, match="int64 from 0 to 11; give uint8"):
+        data.read_image(tmp_path / "labels.npy")
+    for channels in (1, 2, 3, 4):
+        hint = np.random.RandomState(0).randint(0, 256, (6, 5, channels)) / 255
+        assert np.array_equal(data.read_image(data.save_hint(tmp_path / "h", hint), channels), (hint * 255).round())

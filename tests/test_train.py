@@ -60,7 +60,7 @@ def test_resumed_equals_never_stopped(config, change, tmp_path):
     shutil.copytree(whole, stopped)
     for later in ("step-000006", "step-000008"):
         shutil.rmtree(stopped / "checkpoints" / later)
-    resumed, run = train.parse(["--resume", str(stopped)])
+    resumed, run, _ = train.parse(["--resume", str(stopped)])
     train.train(resumed, resume=run)
     for file in ("trained", "optimizer"):
         a, b = (checkpoint.load_state_dict(checkpoint.newest(r) / f"{file}.safetensors") for r in (whole, stopped))
@@ -95,7 +95,7 @@ def test_locked_and_unlocked(config, base, tmp_path):
 
 def test_unlocking_on_resume_starts_the_decoder_afresh(config, capsys):
     train.train(config)
-    resumed, run = train.parse(["--resume", config.out, "--no-sd-locked", "--steps", "6", "--learning-rate", "2e-6"])
+    resumed, run, _ = train.parse(["--resume", config.out, "--no-sd-locked", "--steps", "6", "--learning-rate", "2e-6"])
     train.train(resumed, resume=run)
     assert "did not train before" in capsys.readouterr().out
     entries = [e for e in log.read_metrics(run) if "loss" in e]
@@ -174,15 +174,23 @@ def test_own_data_set_trains_as_the_folder_does(config, folder, tmp_path):
     assert losses(a) == losses(b)
 
 
-def test_a_data_set_that_changes_is_not_cached(config):
-    class Noise(Own):
-        def __getitem__(self, i):
-            return super().__getitem__(i) | {"jpg": np.random.rand(32, 32, 3).astype(np.float32)}
+class Random(Own):
+    """Other items at each call, in which hint and target still belong together."""
 
+    def __getitem__(self, i):
+        value = np.random.rand()
+        return dict(jpg=np.full((32, 32, 3), value), txt=str(value), hint=np.full((32, 32, 3), value))
+
+
+def test_a_data_set_that_changes_is_not_cached(config):
     with pytest.raises(data.DataError, match="--no-cache"):
-        train.train(config, Noise(config.data))
+        train.train(config, Random(config.data))
     config.cache = False
-    train.train(config, Noise(config.data))
+    train.train(config, Random(config.data))
+    item = data.Samples(data.Triples(Random(config.data), (32, 32)), range(4), 0, (4, 4, 4), int)[0]
+    assert torch.allclose(item["hint"], item["image"]) and float(item["prompt"]) == pytest.approx(
+        item["hint"].mean().item()
+    )
 
 
 def test_settings_that_shape_the_step(config, tmp_path):
@@ -215,21 +223,54 @@ def test_hint_channels_go_from_data_to_checkpoint(config):
 
 def test_command_line(config, base, folder, tmp_path):
     args = ["--base", str(base), "--data", str(folder)]
-    given, resume = train.parse([*args, "--batch-size", "2", "--no-sd-locked", "--only-mid-control"])
-    assert resume is None and given.out == "runs/circles"
+    given, resume, overwrite = train.parse([*args, "--batch-size", "2", "--no-sd-locked", "--only-mid-control"])
+    assert resume is None and not overwrite and given.out == "runs/circles"
     assert (given.batch_size, given.sd_locked, given.only_mid_control, given.learning_rate) == (2, False, True, 1e-5)
-    demo, _ = train.parse(["--out", str(tmp_path / "demo"), "--steps", "7"])
+    demo, *_ = train.parse(["--out", str(tmp_path / "demo"), "--steps", "7"])
     assert demo.data == "data/circles" and demo.steps == 7 and demo.learning_rate == train.DEMO["learning_rate"]
     with pytest.raises(CheckpointError, match="both"):
         train.parse(["--base", str(base)])
-    with pytest.raises(CheckpointError, match="--steps is 0"):
-        train.parse([*args, "--steps", "0"])
+    for bad, change in (
+        ("--steps is 0", {"steps": 0}),
+        ("--base is not set", {"base": ""}),
+        ("--log-steps", {"log_steps": 0}),
+    ):
+        with pytest.raises(CheckpointError, match=bad):
+            train.train(dataclasses.replace(config, **change))
     run = train.train(config)
     with pytest.raises(CheckpointError, match="holds a run .at step-000004.*--resume.*--overwrite"):
         train.train(config)
-    assert run.exists()
-    train.parse([*args, "--out", str(run), "--overwrite"])
-    assert not run.exists()
+    with pytest.raises(CheckpointError, match="no such file"):  # a slip does not cost the finished run
+        train.train(dataclasses.replace(config, base="nothing"), overwrite=True)
+    assert checkpoint.list_checkpoints(run)
+    config.steps = 2
+    assert checkpoint.newest(train.train(config, overwrite=True)).name == "step-000002"
+    assert [e["step"] for e in log.read_metrics(run) if "loss" in e] == [1, 2]
+    shutil.rmtree(run / "checkpoints")  # stopped before its first checkpoint: nothing to lose
+    train.train(config)
+
+
+def test_locking_again_keeps_the_trained_decoder(config):
+    config.sd_locked, config.precision = False, "bf16"
+    run = train.train(config)
+    unlocked = weights(run)
+    train.train(train.parse(["--resume", str(run), "--sd-locked", "--steps", "6"])[0], resume=run)
+    decoder = [k for k in unlocked if k.startswith("model.")]
+    assert decoder and all(torch.equal(weights(run)[k], unlocked[k]) for k in decoder)
+
+
+def test_precision_may_change_on_resume(config):
+    run = train.train(config)
+    for steps, precision in (("5", "fp16"), ("6", "bf16"), ("7", "fp32")):
+        args = ["--resume", str(run), "--steps", steps, "--precision", precision]
+        train.train(train.parse(args)[0], resume=run)
+    assert len(losses(run)) == 7
+
+
+def test_workers_load_the_same_samples(config, tmp_path):
+    a = train.train(config)
+    b = train.train(dataclasses.replace(config, workers=2, out=str(tmp_path / "b")))
+    assert losses(a) == losses(b)
 
 
 def test_resume_says_what_cannot_change(config, tmp_path):
