@@ -261,6 +261,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(partial)
+        partial.chmod(0o644)
         _flush(partial)
         partial.replace(path)
         _flush(path.parent)

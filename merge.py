@@ -32,7 +32,7 @@ def attach(source: str, hint_channels: int = 3, seed: int = 0) -> tuple[dict[str
     config = detect(source, state)
     with torch.device("meta"):
         names = ControlNet(config.unet, hint_channels, config.hint_widths).state_dict()
-    new = new_weights(config.unet, hint_channels, config.hint_widths, seed)
+    new = new_weights(config.unet, hint_channels, config.hint_widths, seed, config.hint_gain)
     lacking = [k for k in names if k not in new and UNET + k not in state]
     if lacking:
         raise CheckpointError(f"{source}: {len(lacking)} weights of the UNet missing, as {UNET}{lacking[0]}")
