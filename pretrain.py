@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--work", default="runs/pretrain", help="folder for the stages' weights and pictures")
     parser.add_argument("--vae-steps", type=int, default=6000, help="steps of the VAE")
     parser.add_argument("--base-steps", type=int, default=4000, help="steps of text tower and UNet")
-    parser.add_argument("--decoder-steps", type=int, default=1000, help="steps of the decoder's polish")
+    parser.add_argument("--decoder-steps", type=int, default=600, help="steps of the decoder's polish")
     parser.add_argument("--seed", type=int, default=0, help="of weights and noise")
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)

@@ -73,6 +73,7 @@ class Config:
     )
     learning_rate: float = setting(1e-5, "optimisation", "of AdamW")
     warmup_steps: int = setting(0, "optimisation", "steps over which the learning rate rises from 0")
+    lr_schedule: str = setting("constant", "optimisation", "of the learning rate after that", ("constant", "cosine"))
     weight_decay: float = setting(1e-2, "optimisation", "of AdamW")
     clip_grad_norm: float = setting(0.0, "optimisation", "largest norm of the gradient; 0 turns clipping off")
     timestep_bias: float = setting(
@@ -110,11 +111,12 @@ DEMO = dict(
     base=str(TINY_BASE),
     data="data/circles",
     out="runs/demo",
-    steps=700,
+    steps=550,
     batch_size=16,
     learning_rate=1e-3,
     warmup_steps=20,
-    timestep_bias=0.6,
+    lr_schedule="cosine",
+    timestep_bias=0.8,
     weight_decay=0.0,
     clip_grad_norm=1.0,
     logger_freq=50,
@@ -150,8 +152,14 @@ def diffusion_loss(
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """The rate of step `step` (from 0): rises over the warm-up, then constant. A function of the step alone."""
-    return config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
+    """The rate of step `step` (from 0): rises over the warm-up, then constant, or down to a fiftieth along a cosine.
+
+    A function of settings and step alone, so a resumed run has the rates of one that was not stopped.
+    """
+    rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
+    if config.lr_schedule == "cosine":
+        rate *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    return rate
 
 
 # ------------------------------------------------------------------------------------------------------- what trains

@@ -202,6 +202,8 @@ def test_settings_that_shape_the_step(config, tmp_path):
     assert plain[0]["loss"] == run(seed=0)[0]["loss"] != run(seed=1)[0]["loss"]
     assert plain[0]["loss"] != run(timestep_bias=0.3)[0]["loss"]
     assert [e["learning_rate"] for e in run(warmup_steps=2)] == [5e-4, 1e-3, 1e-3, 1e-3]
+    rates = [e["learning_rate"] for e in run(lr_schedule="cosine")]
+    assert rates[0] == 1e-3 and rates[2] == pytest.approx(0.51e-3) and rates == sorted(rates, reverse=True)
     assert plain[3]["loss"] != run(clip_grad_norm=1e-6)[3]["loss"]
     assert plain[3]["loss"] != run(weight_decay=100.0)[3]["loss"]
     assert plain[0]["loss"] != run(resolution="64")[0]["loss"]
