@@ -29,7 +29,8 @@ def test_control_copies_the_encoder_and_its_seed_fixes_the_rest(base):
         if not name.startswith(("output_blocks", "out.")):
             assert torch.equal(dict(model.control_model.named_parameters())[name], p)
     again, other = (ControlNet.from_unet(model.unet, 3, TINY.hint_widths, seed).input_hint_block[0] for seed in (1, 2))
-    assert torch.equal(again.weight, model.control_model.input_hint_block[0].weight)
+    assert TINY.hint_gain == 3.0  # its own; PyTorch's default otherwise, as for Stable Diffusion
+    assert torch.equal(again.weight * 3, model.control_model.input_hint_block[0].weight)
     assert not torch.equal(other.weight, again.weight)
 
 
