@@ -488,7 +488,7 @@ def train(
             loss, norm = optimizer_step(config, model, trained, optimizer, scaler, autocast, loader)
             values = {"loss": loss, "grad_norm": norm, "learning_rate": learning_rate(config, step)}
             rate = config.batch / (time.perf_counter() - start)
-            metrics.add(step + 1, **values, images_per_second=round(rate, 2))
+            metrics.add(step + 1, **values, images_per_second=round(rate, 4))
             bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.1f} images/s{meter.last}")
             bar.update()
             consumed += config.batch
