@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import train
-from controlnet import MODELS, ControlLDM
+from controlnet import MODELS, PRECISIONS, ControlLDM
 
 
 def random_model(name: str, device: str) -> ControlLDM:
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--resolution", help="side of the images in pixels (default: the model's)")
     p.add_argument("--batch-size", type=int, default=1, help="samples at once")
     p.add_argument("--accumulate-grad-batches", type=int, default=1, help="micro-batches a step")
-    p.add_argument("--precision", choices=tuple(train.DTYPES), default="fp32", help="of the computation")
+    p.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32", help="of the computation")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     p.add_argument("--repeat", type=int, default=5, help="steps that are measured, after one to warm up")
     p.add_argument("--json", action="store_true", help="one line of JSON instead of a table")

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -166,7 +167,15 @@ def measure(image: np.ndarray, circle: Circle) -> Verdict:
 
 
 @torch.no_grad()
-def draw_all(model: ControlLDM, circles: list[Circle], control: bool, size: int, steps: int, tick: Callable) -> list:
+def draw_all(
+    model: ControlLDM,
+    circles: list[Circle],
+    control: bool,
+    size: int,
+    steps: int,
+    only_mid_control: bool = False,
+    tick: Callable[[int], Any] = lambda n: None,
+) -> list[np.ndarray]:
     """An image (size,size,3) uint8 for each circle, from its prompt and, with `control`, its hint; seed 0, the model's
     own guidance scale. `tick(n)` is told of n finished images."""
     images, batch = [], 16
@@ -178,7 +187,10 @@ def draw_all(model: ControlLDM, circles: list[Circle], control: bool, size: int,
             channels = model.control_model.hint_channels
             hint = torch.stack([data.to_tensor(c.draw(size)[0][..., :1] / np.float32(255)) for c in chunk])
             hint = hint.expand(-1, channels, -1, -1)
-        latents = sampler.sample(model, context, negative.expand_as(context), hint, (size, size), steps, first=first)
+        latents = sampler.sample(
+            model, context, negative.expand_as(context), hint, (size, size), steps, first=first,
+            only_mid_control=only_mid_control,
+        )  # fmt: skip
         images += log.to_uint8(model.decode(latents))
         tick(len(chunk))
     return images
@@ -194,12 +206,13 @@ def judge(run: str | Path, count: int = 64, steps: int = 20, device: str = "cpu"
     model = ControlLDM.from_file(run).to(device)
     if model.control_model is None:
         raise checkpoint.CheckpointError(f"{run}: no ControlNet in it")
-    size = data.parse_resolution(checkpoint.load_run(run)["resolution"])[0] if Path(run).is_dir() else None
-    size = size or model.config.resolution
+    settings = checkpoint.load_run(run) if Path(run).is_dir() else {}
+    size = data.parse_resolution(settings.get("resolution", model.config.resolution))[0]
+    only_mid = settings.get("only_mid_control", False)
     circles = held_out(count)
     with tqdm(total=2 * count, desc="drawing", unit="image", disable=None) as bar:
-        base = draw_all(model, circles, False, size, steps, bar.update)
-        steered = draw_all(model, circles, True, size, steps, bar.update)
+        base = draw_all(model, circles, False, size, steps, tick=bar.update)
+        steered = draw_all(model, circles, True, size, steps, only_mid, bar.update)
     verdicts = [measure(image, circle) for image, circle in zip(steered, circles, strict=True)]
     figures = {
         "iou": float(np.mean([v.iou for v in verdicts])),

@@ -176,6 +176,8 @@ SD21_V = ModelConfig("sd21_v", **_SD2, prediction="v", resolution=768)
 TINY = ModelConfig("tiny", **_TINY)
 MODELS = {model.name: model for model in (SD15, SD21, SD21_V, TINY)}
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 # Where the parts are in a checkpoint.
 UNET, CONTROL, VAE, TEXT = "model.diffusion_model.", "control_model.", "first_stage_model.", "cond_stage_model."
 
@@ -245,14 +247,15 @@ class ControlLDM(nn.Module):
     @classmethod
     def from_file(
         cls, path: str | Path, attach: bool = False, hint_channels: int | None = None, prediction: str = "auto",
-        seed: int = 0,
+        seed: int = 0, base: str | Path | None = None,
     ) -> "ControlLDM":  # fmt: skip
         """Build the model that `path` holds.
 
         `path`: a Stable Diffusion file, with ControlNet or without, or the folder of a training run, which stands for
-        its base file with the newest checkpoint's weights over it. `attach`: where there is no ControlNet, add a new
-        one, with `hint_channels` (default 3) and its hint encoder initialised from `seed`. `prediction` ("eps" or "v")
-        overrides what the file cannot tell (SD 2.1 at 768 px is "v").
+        its base file (`base`, if that is elsewhere now, or to steer another) with the newest checkpoint's weights over
+        it. `attach`: where there is no ControlNet, add a new one, with `hint_channels` (default 3) and its hint encoder
+        initialised from `seed`. `prediction` ("eps" or "v") overrides what the file cannot tell (SD 2.1 at 768 px is
+        "v").
         """
         path = Path(path)
         trained: dict[str, Tensor] = {}
@@ -260,7 +263,9 @@ class ControlLDM(nn.Module):
             run_config = checkpoint.load_run(path)
             trained = checkpoint.load_state_dict(checkpoint.newest(path) / "trained.safetensors")
             prediction = run_config.get("prediction", "auto") if prediction == "auto" else prediction
-            path = Path(run_config["base"])
+            run, path = path, Path(base or run_config["base"])
+            if not path.exists():
+                raise CheckpointError(f"{run}: its base {path} is not there; --base FILE says where it is now")
         state = checkpoint.load_state_dict(path)
         config = detect(path, state)
         state |= trained

@@ -6,7 +6,7 @@ hint (H,W,C) float32 in [0,1]. The asymmetric ranges are the ControlNet tutorial
 
     folder --Fill50K-->  image(i), hint(i), prompt(i), key(i)  <--Triples-- your own array-like
                               |
-                              +-- Cache: VAE moments and text contexts, computed once, kept on disk, memory-mapped
+                              +-- frozen.py: latents and contexts, computed once, kept on disk
                               |
                            Samples: sample n of a run, all its randomness a function of (seed, n) --> DataLoader
 
@@ -15,24 +15,24 @@ hint (H,W,C) float32 in [0,1]. The asymmetric ranges are the ControlNet tutorial
 """
 
 import argparse
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from frozen import Frozen
 
 RESAMPLE = {"area": Image.Resampling.BOX, "nearest": Image.Resampling.NEAREST}
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -137,10 +137,6 @@ def same_shape(a: tuple[int, int], b: tuple[int, int]) -> bool:
     return abs(a[0] * b[1] - b[0] * a[1]) < max(*a, *b)
 
 
-def read_json(path: str | Path) -> Any:
-    return json.loads(Path(path).read_text())
-
-
 # ---------------------------------------------------------------------------------------------------- data-set layouts
 EMPTY = "the prompt is empty"
 
@@ -217,6 +213,8 @@ class Fill50K:
         self.root, self.size, self.hint_channels = Path(root), size, hint_channels
         self.hint_filter = RESAMPLE[hint_resample]
         self.rows, self.problems = read_rows(root)
+        self.fingerprint = digest((self.root / "prompt.json").read_bytes()).hex()  # of the rows
+        self._matched: set[int] = set()  # items whose two sizes were compared before
         bad = [p for p in self.problems if not p.endswith(EMPTY)]
         if bad and strict:
             more = f" (and {len(bad) - 1} more: python data.py check {root})" if len(bad) > 1 else ""
@@ -251,13 +249,11 @@ class Fill50K:
 
     def image(self, i: int) -> np.ndarray:
         """Target i: (H,W,3) float32 in [-1,1]."""
-        self.sizes(i)
         array = self._load(i, self.rows[i].target, 3, Image.Resampling.LANCZOS)
         return array.astype(np.float32) / 127.5 - 1
 
     def hint(self, i: int) -> np.ndarray:
         """Hint i: (H,W,hint_channels) float32 in [0,1]."""
-        self.sizes(i)
         return self._load(i, self.rows[i].source, self.hint_channels, self.hint_filter).astype(np.float32) / 255
 
     def key(self, i: int) -> bytes:
@@ -269,6 +265,9 @@ class Fill50K:
         return digest(content, self.size)
 
     def _load(self, i: int, path: Path, channels: int, resample: Image.Resampling) -> np.ndarray:
+        if i not in self._matched:
+            self.sizes(i)
+            self._matched.add(i)
         try:
             array = read_image(path, channels)
         except DataError as e:
@@ -364,74 +363,6 @@ def mix(*parts: Any) -> int:
     return int.from_bytes(digest(*parts)[:8], "little") >> 1
 
 
-# ----------------------------------------------------------------------------------------------- cache of frozen work
-class Cache:
-    """Rows of equal shape on disk, found by key: what the frozen VAE or text tower made of an input.
-
-    Two files that only grow: `NAME.bin` holds the rows, `NAME.keys` the 16-byte key of each, written after its row.
-    What an interruption left half-written is cut off at the next start. Writers hold a lock, so runs can share a cache.
-    """
-
-    def __init__(self, folder: str | Path, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32):
-        self.folder, self.shape, self.dtype = Path(folder), tuple(shape), dtype
-        self.row_bytes = int(np.prod(shape)) * dtype.itemsize
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.rows_file, self.keys_file = self.folder / f"{name}.bin", self.folder / f"{name}.keys"
-        self.lock_file = self.folder / f"{name}.lock"
-        self._map: np.memmap | None = None
-        self.index: dict[bytes, int] = {}
-        self._read_index()
-
-    def _read_index(self) -> None:
-        keys = self.keys_file.read_bytes() if self.keys_file.exists() else b""
-        stored = self.rows_file.stat().st_size // self.row_bytes if self.rows_file.exists() else 0
-        count = min(len(keys) // 16, stored)
-        self.index = {keys[16 * i : 16 * i + 16]: i for i in range(count)}
-        self._count, self._map = count, None
-
-    def fill(self, keys: Sequence[bytes], compute: Callable[[list[int]], Tensor], batch: int, what: str) -> None:
-        """Compute the rows whose keys are not there yet: `compute(positions in keys) -> (len, *shape)`.
-
-        Raises DataError when the disk cannot hold them. Shows a progress bar named `what`.
-        """
-        if all(key in self.index for key in keys):
-            return
-        with self._locked():
-            self._read_index()  # another run may have filled some meanwhile
-            missing = list({key: i for i, key in enumerate(keys) if key not in self.index}.values())
-            need, free = len(missing) * self.row_bytes, shutil.disk_usage(self.folder).free
-            if need > free:
-                raise DataError(
-                    f"{self.folder}: the cache of {what} needs {need / 2**30:.1f} GiB, the disk has "
-                    f"{free / 2**30:.1f}; point --cache-dir elsewhere, or train with --no-cache"
-                )
-            with open(self.rows_file, "ab") as rows, open(self.keys_file, "ab") as names:
-                rows.truncate(self._count * self.row_bytes)
-                names.truncate(self._count * 16)
-                with tqdm(total=len(missing), desc=f"caching {what}", unit="row", disable=None) as bar:
-                    for start in range(0, len(missing), batch):
-                        chunk = missing[start : start + batch]
-                        made = compute(chunk).to("cpu", self.dtype).contiguous()
-                        assert made.shape == (len(chunk), *self.shape), (made.shape, self.shape)
-                        rows.write(made.view(torch.uint8).numpy().tobytes())
-                        rows.flush()
-                        names.write(b"".join(keys[i] for i in chunk))
-                        names.flush()
-                        bar.update(len(chunk))
-            self._read_index()
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        with open(self.lock_file, "w") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
-            yield
-
-    def __getitem__(self, key: bytes) -> Tensor:
-        if self._map is None:
-            self._map = np.memmap(self.rows_file, np.uint8, "r", shape=(self._count, self.row_bytes))
-        return torch.from_numpy(np.array(self._map[self.index[key]])).view(self.dtype).view(self.shape)
-
-
 # -------------------------------------------------------------------------------------------------------- to the loop
 @lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
@@ -443,7 +374,7 @@ class Samples(torch.utils.data.Dataset):
 
     Its item, timestep and noises depend on (seed, n) alone, so neither the split into batches nor an interruption
     changes what sample n is. Each is a dict of CPU tensors: hint (C,H,W), noise and posterior (4,h,w), timestep (), and
-    `moments` (2z,h,w) and `context` (77,D) from the caches, or `image` (3,H,W) and `prompt` where there is none.
+    `moments` (2z,h,w) and `context` (77,D) from what is computed once, or `image` (3,H,W) and `prompt` without that.
     """
 
     def __init__(
@@ -453,11 +384,10 @@ class Samples(torch.utils.data.Dataset):
         seed: int,
         latent_shape: tuple[int, int, int],
         timestep_of: Callable[[float], int],
-        latents: tuple[Cache, list[bytes]] | None = None,
-        contexts: Cache | None = None,
+        frozen: "Frozen | None" = None,
     ):
         self.triples, self.indices, self.seed, self.latent_shape = triples, list(indices), seed, latent_shape
-        self.timestep_of, self.latents, self.contexts = timestep_of, latents, contexts
+        self.timestep_of, self.frozen = timestep_of, frozen
 
     def index(self, n: int) -> int:
         """Which item of the data set sample n is: every epoch goes through all of them in an order of its own."""
@@ -466,20 +396,11 @@ class Samples(torch.utils.data.Dataset):
 
     def item(self, i: int) -> dict[str, Any]:
         """The part of a sample that is not random."""
-        parts = self.triples.parts(i, image=self.latents is None)
-        out: dict[str, Any] = {"hint": to_tensor(parts["hint"])}
-        if self.latents is not None:
-            cache, keys = self.latents
-            out["moments"] = cache[keys[i]]
-        else:
-            out["image"] = to_tensor(parts["jpg"])
-        if self.contexts is None:
-            out["prompt"] = parts["txt"]
-        elif (key := digest(parts["txt"])) in self.contexts.index:
-            out["context"] = self.contexts[key]
-        else:
-            raise DataError(f"item {i} of the data set has another prompt each time: use --no-cache (cache=False)")
-        return out
+        parts = self.triples.parts(i, image=self.frozen is None)
+        hint = {"hint": to_tensor(parts["hint"])}
+        if self.frozen is None:
+            return hint | {"image": to_tensor(parts["jpg"]), "prompt": parts["txt"]}
+        return hint | {"moments": self.frozen.moments(i), "context": self.frozen.context(i, parts["txt"])}
 
     def __getitem__(self, n: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(mix("sample", self.seed, n))

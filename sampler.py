@@ -26,7 +26,7 @@ import checkpoint
 import data
 import log
 from checkpoint import CheckpointError
-from controlnet import SD15, ControlLDM, ModelConfig
+from controlnet import PRECISIONS, SD15, ControlLDM, ModelConfig
 
 EpsModel = Callable[[Tensor, Tensor], Tensor]  # (x (B,4,h,w), t (B,) int64) -> eps (B,4,h,w)
 
@@ -237,6 +237,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", required=True, help="the folder of a training run, or a Stable Diffusion file")
+    add("--base", help="with a run: another base file than the one it was trained on, or where that is now")
     add("--prompt", required=True, help="what to draw")
     add("--negative-prompt", default="", help="what guidance leads away from")
     add("--hint", help="the hint image (.png, .jpg, ...; .npy for other than 1, 3 or 4 channels); none: no control")
@@ -253,7 +254,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--only-mid-control", action=argparse.BooleanOptionalAction, default=None,
         help="use the middle block's residual alone (default: as the run was trained)")  # fmt: skip
     add("--resolution", help="size of the images, N or WxH (default: the hint's)")
-    add("--hint-resample", choices=tuple(data.RESAMPLE), default="area", help="nearest: for label maps")
+    add("--hint-resample", choices=tuple(data.RESAMPLE), help="nearest: for label maps (default: as the run, or area)")
     add(
         "--prediction",
         choices=("auto", "eps", "v"),
@@ -262,15 +263,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--seed", type=int, default=0, help="the same seed draws the same images")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
-    add("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights")
+    add("--precision", choices=tuple(PRECISIONS), default="fp32", help="of the weights")
     add("--out", default="samples", help="folder for 0000.png, ... and grid.png")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    model = ControlLDM.from_file(args.model, prediction=args.prediction)
-    model.to(args.device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision])
+    run = checkpoint.load_run(args.model) if Path(args.model).is_dir() else {}
+    if args.base and not run:
+        raise CheckpointError(f"--base goes with the folder of a run; {args.model} is a file, whole by itself")
+    model = ControlLDM.from_file(args.model, prediction=args.prediction, base=args.base)
+    model.to(args.device, PRECISIONS[args.precision])
     hint = None
     if args.hint:
         if model.control_model is None:
@@ -287,11 +291,9 @@ def main(argv: list[str] | None = None) -> None:
         multiple = model.config.multiple
         print(f"{wanted[0]}x{wanted[1]} becomes {size[0]}x{size[1]}: this UNet needs sides that {multiple} divides")
     if hint is not None:
-        hint = data.resize(hint, size, data.RESAMPLE[args.hint_resample])
+        hint = data.resize(hint, size, data.RESAMPLE[args.hint_resample or run.get("hint_resample", "area")])
         hint = data.to_tensor(hint.astype(np.float32) / 255)
-    only_mid = args.only_mid_control
-    if only_mid is None:
-        only_mid = Path(args.model).is_dir() and checkpoint.load_run(args.model)["only_mid_control"]
+    only_mid = run.get("only_mid_control", False) if args.only_mid_control is None else args.only_mid_control
 
     out, images = Path(args.out), []
     out.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@
     python train.py --resume runs/fill50k                       go on where it stopped
 
 A step draws latents, noise them to a random timestep, lets the ControlNet steer the locked UNet, and compares what the
-UNet says with the noise. Whatever is frozen is computed once (`data.Cache`); whatever is random is a function of
+UNet says with the noise. Whatever is frozen is computed once (`frozen.py`); whatever is random is a function of
 (seed, sample number), so a run that was stopped and resumed is the run that was not. A run is a folder: `config.json`,
 `metrics.jsonl`, `curves.png`, `image_log/`, `checkpoints/`. Follows Zhang et al. 2023 (arXiv:2302.05543).
 """
@@ -33,12 +33,12 @@ from tqdm import tqdm
 import checkpoint
 import circles
 import data
+import frozen
 import log
 import sampler
 from checkpoint import CheckpointError
-from controlnet import ControlLDM
+from controlnet import PRECISIONS, ControlLDM
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TINY_BASE = Path(__file__).parent / "models" / "tiny_sd.safetensors"
 
 
@@ -79,7 +79,7 @@ class Config:
     timestep_bias: float = setting(
         1.0, "optimisation", "t = 1000 u^bias: below 1 more high-noise timesteps; 1 is uniform"
     )
-    precision: str = setting("fp32", "optimisation", "of the computation; trained weights stay fp32", tuple(DTYPES))
+    precision: str = setting("fp32", "optimisation", "of the computation; trained weights stay fp32", tuple(PRECISIONS))
     seed: int = setting(0, "optimisation", "all randomness is a function of it and of the sample's number")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "optimisation", "where to compute")
 
@@ -123,9 +123,8 @@ DEMO = dict(
     log_steps=20,
     validation=16,
 )
-FIXED_ON_RESUME = (
-    "base", "data", "resolution", "hint_channels", "hint_resample", "prediction", "seed", "validation",
-)  # fmt: skip
+# `base` and `data` may be other paths on resume, to the same weights and the same rows.
+FIXED_ON_RESUME = ("resolution", "hint_channels", "hint_resample", "prediction", "seed", "validation")
 
 
 # -------------------------------------------------------------------------------------------------------------- loss
@@ -196,11 +195,10 @@ def prepare(config: Config, model: ControlLDM, dataset: data.Fill50K | Sequence[
     native = dataset.sizes(0)[1] if files else np.shape(dataset[0]["jpg"])[1::-1]
     wanted = data.parse_resolution(config.resolution) if config.resolution else native
     size = data.fit_size(wanted, multiple)
-    if size != native or size != wanted:
-        print(
-            f"images are brought from {native[0]}x{native[1]} to {size[0]}x{size[1]} "
-            f"(this UNet needs multiples of {multiple})"
-        )
+    if size != native:
+        print(f"images are brought from {native[0]}x{native[1]} to {size[0]}x{size[1]}")
+    if size != wanted:
+        print(f"{wanted[0]}x{wanted[1]} is not possible: this UNet needs sides that {multiple} divides")
     config.resolution = f"{size[0]}x{size[1]}"
     if files:
         dataset.size, triples = size, dataset
@@ -213,20 +211,17 @@ def prepare(config: Config, model: ControlLDM, dataset: data.Fill50K | Sequence[
     train = range(count - held) if count > 2 * held else range(count)  # a handful: nothing to spare
     validation = list(range(count - held, count))
 
-    latents = contexts = None
+    once = None
     with torch.no_grad():
         uncond = model.encode_prompts("")[0].float().cpu()
         if config.cache:
-            latents, contexts = fill_caches(config, model, triples, size)
+            once = frozen.freeze(model, triples, config.cache_dir, config.encode_batch_size)
             model.vae.cpu()
             model.text.cpu()
     factor = model.vae.factor
     shape = (model.config.unet.in_channels, size[1] // factor, size[0] // factor)
-    total = model.config.timesteps
-    timestep_of = TimestepOf(config.timestep_bias, total)
-    return Prepared(
-        data.Samples(triples, train, config.seed, shape, timestep_of, latents, contexts), validation, uncond
-    )
+    timestep_of = TimestepOf(config.timestep_bias, model.config.timesteps)
+    return Prepared(data.Samples(triples, train, config.seed, shape, timestep_of, once), validation, uncond)
 
 
 @dataclass(frozen=True)
@@ -238,45 +233,6 @@ class TimestepOf:
 
     def __call__(self, u: float) -> int:
         return min(self.total - 1, int(self.total * u**self.bias))
-
-
-def fill_caches(
-    config: Config, model: ControlLDM, triples: data.Fill50K | data.Triples, size: tuple[int, int]
-) -> tuple[tuple[data.Cache, list[bytes]], data.Cache]:
-    """Latent moments of every target and the context of every prompt, from disk or computed now."""
-    root, vae, text = Path(config.cache_dir), model.vae, model.text
-    dtype, device = vae.quant_conv.weight.dtype, model.device
-    keys = [
-        triples.key(i)
-        for i in tqdm(range(len(triples)), desc="reading targets", unit="image", disable=None, leave=False)
-    ]
-    once = [(keys[i], triples.prompt(i)) for i in range(min(8, len(keys)))]
-    if once != [(triples.key(i), triples.prompt(i)) for i in range(len(once))]:
-        raise data.DataError(
-            "the data set gives another item each time it is asked for one: use --no-cache (cache=False)"
-        )
-    shape = (2 * model.config.vae.z_channels, size[1] // vae.factor, size[0] // vae.factor)
-    latents = data.Cache(root / f"latents-{fingerprint(vae)}", f"{size[0]}x{size[1]}", shape, dtype)
-
-    def encode(positions: list[int]) -> Tensor:
-        images = torch.stack([data.to_tensor(triples.image(i)) for i in positions])
-        return vae.moments(images.to(device, dtype))
-
-    latents.fill(keys, encode, config.encode_batch_size, "latents")
-    prompts = list(dict.fromkeys(triples.prompt(i) for i in range(len(triples))))
-    width = model.config.text.width
-    contexts = data.Cache(root / f"contexts-{fingerprint(text)}", "prompts", (77, width), dtype)
-    contexts.fill(
-        [data.digest(p) for p in prompts], lambda at: model.encode_prompts([prompts[i] for i in at]), 64, "prompts"
-    )
-    return (latents, keys), contexts
-
-
-def fingerprint(module: torch.nn.Module) -> str:
-    """A short name for a module's weights and precision: caches of other weights are other caches."""
-    parts = (p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() for p in module.state_dict().values())
-    weights = data.digest(*(data.digest(part) for part in parts))
-    return data.digest(weights, str(next(module.parameters()).dtype), repr(module.config)).hex()[:16]
 
 
 def to_device(model: ControlLDM, batch: dict[str, Any], device: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -365,13 +321,13 @@ class Watch:
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
 def save(
-    run: Path, config: Config, model: ControlLDM, trained: dict, optimizer: Any, scaler: Any, step: int, consumed: int
+    run: Path, config: Config, model: ControlLDM, trained: dict, optimizer: Any, scaler: Any, state: dict[str, Any]
 ) -> Path:
     """Write the checkpoint of a step: all of the ControlNet (also what does not train in this mode), and the decoder if
     it trains."""
     weights = {k: v for k, v in model.state_dict().items() if k.startswith("control_model.")} | trained
-    metadata = {"config": model.config.to_json(), "step": str(step), "sd_locked": json.dumps(config.sd_locked)}
-    state = {"step": step, "samples": consumed, "config": dataclasses.asdict(config)}
+    metadata = {"config": model.config.to_json(), "step": str(state["step"]), "sd_locked": json.dumps(config.sd_locked)}
+    state = state | {"config": dataclasses.asdict(config)}
     return checkpoint.save_training(run, weights, metadata, trained, optimizer, scaler, state, config.keep_checkpoints)
 
 
@@ -409,7 +365,7 @@ def assemble(
 
     Frozen weights live in the precision that they are used in; trained ones stay fp32 under autocast.
     """
-    trained, dtype, kind = choose_trained(model, config), DTYPES[config.precision], torch.device(config.device).type
+    trained, dtype, kind = choose_trained(model, config), PRECISIONS[config.precision], torch.device(config.device).type
     for name, p in model.named_parameters():
         if not p.requires_grad and not name.startswith("control_model."):
             p.data = p.data.to(dtype)
@@ -454,11 +410,16 @@ def train(
         hint_channels=config.hint_channels,
         prediction=config.prediction,
         seed=config.seed,
+        base=config.base,
     ).to(config.device)
+    origin = {"base": frozen.fingerprint(model.unet, ("input_blocks.",)), "data": getattr(dataset, "fingerprint", "")}
     trained, optimizer, scaler, autocast = assemble(config, model)
-    state, carried = {"step": 0, "samples": 0}, {}
+    state, carried = {"step": 0, "samples": 0} | origin, {}
     if folder:
         state = checkpoint.restore_training(folder, trained, optimizer, scaler)
+        for name, path in (("base", config.base), ("data", config.data)):
+            if state.get(name, origin[name]) != origin[name]:
+                raise CheckpointError(f"{path}: not the {name} that {run} was trained on (its content is another)")
         before = checkpoint.load_state_dict(folder / "trained.safetensors")
         carried = {k: v for k, v in before.items() if k not in trained}  # trained once and locked now: still part of it
     if state["step"] >= config.steps:
@@ -493,7 +454,8 @@ def train(
             bar.update()
             consumed += config.batch
             if (step + 1) % config.checkpoint_freq == 0 or step + 1 == config.steps:
-                folder = save(run, config, model, trained | carried, optimizer, scaler, step + 1, consumed)
+                state = origin | {"step": step + 1, "samples": consumed}
+                folder = save(run, config, model, trained | carried, optimizer, scaler, state)
     meter.measure(config.steps, last=True)
     report(run, folder, metrics, prepared)
     return run
@@ -560,7 +522,8 @@ def parse(argv: list[str] | None) -> tuple[Config, str | None, bool]:
         if overwrite or "out" in given:
             raise CheckpointError("--resume goes on in the run's own folder: no --out, no --overwrite")
         settings = {k: v for k, v in checkpoint.load_run(resume).items() if k in Config.__dataclass_fields__}
-        changed = [k for k in FIXED_ON_RESUME if k in given and given[k] != settings[k]]
+        plain = lambda k, v: data.parse_resolution(v) if k == "resolution" else v
+        changed = [k for k in FIXED_ON_RESUME if k in given and plain(k, given[k]) != plain(k, settings[k])]
         if changed:
             raise CheckpointError(
                 f"{resume}: --{changed[0].replace('_', '-')} cannot change on resume; it was {settings[changed[0]]!r}"

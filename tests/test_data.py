@@ -152,46 +152,6 @@ def test_sizes():
     assert not data.same_shape((64, 64), (64, 48))
 
 
-def test_cache_keeps_grows_and_survives_interruption(tmp_path):
-    computed = []
-
-    def compute(positions):
-        computed.extend(positions)
-        return torch.stack([torch.full((2, 3), float(i)) for i in positions])
-
-    keys = [data.digest(i) for i in range(5)]
-    data.Cache(tmp_path, "c", (2, 3)).fill(keys[:3], compute, 2, "things")
-    assert computed == [0, 1, 2]
-    # an interruption: a row without its key, and half a row
-    with open(tmp_path / "c.bin", "ab") as f:
-        f.write(b"\7" * 30)
-    cache = data.Cache(tmp_path, "c", (2, 3))
-    cache.fill(keys + keys[:2], compute, 2, "things")
-    assert computed == [0, 1, 2, 3, 4]
-    for i, key in enumerate(keys):
-        assert torch.equal(data.Cache(tmp_path, "c", (2, 3))[key], torch.full((2, 3), float(i)))
-
-    def interrupted(positions):
-        if positions[0] >= 7:
-            raise KeyboardInterrupt
-        return compute(positions)
-
-    more = keys + [data.digest(i) for i in range(5, 9)]
-    with pytest.raises(KeyboardInterrupt):
-        cache.fill(more, interrupted, 1, "things")
-    data.Cache(tmp_path, "c", (2, 3)).fill(more, compute, 1, "things")
-    assert computed == list(range(9))
-    half = data.Cache(tmp_path, "h", (4,), torch.bfloat16)
-    half.fill([b"k" * 16], lambda at: torch.tensor([[1.5, 2, 3, 4]]), 1, "halves")
-    assert torch.equal(half[b"k" * 16], torch.tensor([1.5, 2, 3, 4]).bfloat16())
-
-
-def test_cache_refuses_what_the_disk_cannot_hold(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: type("U", (), {"free": 10}))
-    with pytest.raises(DataError, match="--no-cache"):
-        data.Cache(tmp_path, "c", (2, 3)).fill([b"x" * 16], lambda at: None, 1, "things")
-
-
 def test_keys_follow_the_content(tmp_path):
     write(tmp_path, row(0))
     for side in ("source", "target"):

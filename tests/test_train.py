@@ -108,7 +108,7 @@ def test_another_batch_size_on_resume_goes_on_with_the_next_samples(config):
     run = train.train(config)
     for steps in ("5", "6"):
         train.train(train.parse(["--resume", str(run), "--batch-size", "2", "--steps", steps])[0], resume=run)
-    state = data.read_json(checkpoint.newest(run) / "state.json")
+    state = json.loads((checkpoint.newest(run) / "state.json").read_text())
     assert (state["step"], state["samples"]) == (6, 20)
 
 
@@ -281,6 +281,26 @@ def test_resume_says_what_cannot_change(config, tmp_path):
         train.parse(["--resume", str(run), "--seed", "1"])
     with pytest.raises(CheckpointError, match="config.json"):
         train.parse(["--resume", str(tmp_path / "nothing")])
+
+
+def test_a_run_goes_on_where_its_base_and_data_have_moved(config, base, folder, tmp_path):
+    run = train.train(config)
+    moved = [shutil.copy(base, tmp_path / "moved.safetensors"), shutil.copytree(folder, tmp_path / "data")]
+    settings = json.loads((run / "config.json").read_text()) | {"base": "gone", "data": "gone"}
+    (run / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="its base gone is not there; --base"):
+        ControlLDM.from_file(run)
+    flags = ["--resume", str(run), "--steps", "5", "--base", str(moved[0]), "--data", str(moved[1])]
+    train.train(train.parse(flags)[0], resume=run)
+    assert checkpoint.newest(ControlLDM.from_file(run) and run).name == "step-000005"  # config.json has the new path
+    other = checkpoint.load_state_dict(base) | {}
+    other["model.diffusion_model.input_blocks.0.0.weight"] += 1
+    checkpoint.save_safetensors(tmp_path / "other.safetensors", other, checkpoint.load_metadata(base))
+    circles.make(tmp_path / "more", 30, 32)
+    for flag, path in (("--base", tmp_path / "other.safetensors"), ("--data", tmp_path / "more")):
+        with pytest.raises(CheckpointError, match=f"{path}: not the {flag[2:]} that"):
+            train.train(train.parse(["--resume", str(run), "--steps", "6", flag, str(path)])[0], resume=run)
+    ControlLDM.from_file(run, base=tmp_path / "other.safetensors")  # to draw with another base is fine
 
 
 def test_sudden_convergence():
