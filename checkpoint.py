@@ -28,6 +28,10 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from tqdm import tqdm
+from tqdm.utils import CallbackIOWrapper
+
+import exchange
 
 
 class CheckpointError(ValueError):
@@ -36,15 +40,47 @@ class CheckpointError(ValueError):
 
 # ----------------------------------------------------------------------------------------------------------- reading
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a weight file under their original key names.
+    """All tensors of a weight file or of a diffusers folder, under their original key names.
 
-    `path`: `.safetensors`, or `.ckpt`/`.pth`/`.pt`/`.bin` in PyTorch's zip or its older format; a state dict nested
-    under the key `state_dict` is unwrapped. safetensors and zip files are memory-mapped, not copied.
-    Raises CheckpointError (one line) when the file is missing, damaged, unsafe or holds no tensors.
+    `path`: `.safetensors`, or `.ckpt`/`.pth`/`.pt`/`.bin` in PyTorch's zip or its older format, whole models or single
+    parts, in original or diffusers' names; a state dict nested under the key `state_dict` is unwrapped. Or a folder: a
+    diffusers pipeline (with `model_index.json`) or one part of it. safetensors and zip files are memory-mapped, not
+    copied. Raises CheckpointError (one line) for what is missing, damaged, unsafe or holds no tensors.
     """
     path = Path(path)
+    if not path.is_dir():
+        return exchange.to_original(_read_file(path))
+    if not (path / "model_index.json").exists():
+        return exchange.to_original(_read_part(path))
+    if not (path / "unet").is_dir():
+        raise CheckpointError(f"{path}: a diffusers folder without a unet/ in it")
+    state: dict[str, Tensor] = {}
+    for name in ("unet", "vae", "text_encoder", "controlnet"):
+        if (path / name).is_dir():
+            state |= exchange.to_original(_read_part(path / name))
+    return state
+
+
+def _read_part(folder: Path) -> dict[str, Tensor]:
+    """The tensors of one part of a diffusers folder: one file or an index of several; full precision before fp16,
+    safetensors before pickles."""
+    for variant in ("", ".fp16"):
+        for ending in (".safetensors", ".bin"):
+            for name in ("diffusion_pytorch_model", "model", "pytorch_model"):
+                file, index = folder / f"{name}{variant}{ending}", folder / f"{name}{ending}.index{variant}.json"
+                if file.exists():
+                    return _read_file(file)
+                if index.exists():
+                    shards = set(load_json(index).get("weight_map", {}).values())
+                    return {k: v for shard in sorted(shards) for k, v in _read_file(folder / Path(shard).name).items()}
+    kind = "is the folder of a training run" if is_run(folder) else "a folder without weights (diffusers' or a run's)"
+    raise CheckpointError(f"{folder}: {kind}")
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of one file, under the names that they have there."""
     if not path.is_file():
-        raise CheckpointError(f"{path}: {'is a folder, not a weight file' if path.is_dir() else 'no such file'}")
+        raise CheckpointError(f"{path}: no such file")
     with open(path, "rb") as f:
         head = f.read(16)
     try:
@@ -64,11 +100,29 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of a safetensors file; empty for files of other kinds."""
-    if Path(path).suffix != ".safetensors":
+    """The metadata of a safetensors file, or of the UNet's in a diffusers folder; empty for files of other kinds."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / ("unet" if (path / "model_index.json").exists() else "") / "diffusion_pytorch_model.safetensors"
+    if path.suffix != ".safetensors" or not path.exists():
         return {}
     with safetensors.safe_open(path, framework="pt") as f:
         return f.metadata() or {}
+
+
+def load_json(path: str | Path) -> Any:
+    """What a JSON file says; CheckpointError if it is not one."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path}: not readable as JSON ({e})") from e
+
+
+def load_prediction(path: str | Path) -> str | None:
+    """ "eps" or "v" where a diffusers folder's scheduler says which; weights alone cannot tell."""
+    file = Path(path) / "scheduler" / "scheduler_config.json"
+    kinds = {"epsilon": "eps", "v_prediction": "v"}
+    return kinds.get(load_json(file).get("prediction_type", "epsilon")) if file.exists() else None
 
 
 class _Inert:
@@ -130,6 +184,10 @@ STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+SAFETENSORS = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGES.values()}
 # Every name that a pickle may use, and the harmless thing that it gets. (`torch` names are added below.)
 ALLOWED: dict[tuple[str, str], Any] = {
@@ -270,11 +328,58 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
 
 
 def save_safetensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, half: bool = False
 ) -> None:
-    """Write tensors (any device and memory order; saved contiguous) and string metadata to `path`, atomically."""
-    plain = {k: v.detach().contiguous() for k, v in tensors.items()}
-    write_atomically(path, lambda p: safetensors.torch.save_file(plain, p, metadata=dict(metadata or {})))
+    """Write tensors (any device and memory order; with `half` real numbers as fp16) and string metadata, atomically."""
+    write_atomically(path, lambda p: write_safetensors(p, tensors, metadata or {}, half))
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], half: bool = False
+) -> None:
+    """One tensor at a time, so that a file larger than the memory can be made of mapped ones; long writes show a bar.
+
+    The format: 8 bytes with the length of a JSON header (types, shapes, places), the header, the bytes. The widest
+    types come first, which keeps every tensor aligned.
+    """
+    kind = lambda t: torch.float16 if half and t.is_floating_point() else t.dtype
+    order = sorted(tensors, key=lambda k: (-kind(tensors[k]).itemsize, k))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in order:
+        t = tensors[name]
+        start, end = end, end + t.numel() * kind(t).itemsize
+        header[name] = {"dtype": SAFETENSORS[kind(t)], "shape": list(t.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as f, _bar(path, end) as bar:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            t = tensors[name].detach().to("cpu", kind(tensors[name])).contiguous()
+            f.write(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
+            bar.update(t.nbytes)
+
+
+def save_pickle(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors alone, as `{"state_dict": ...}`, in PyTorch's zip format, atomically. Loads with `weights_only`."""
+
+    def alone(t: Tensor) -> Tensor:  # torch.save writes whole storages, and a mapped tensor's is the whole file
+        flat = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        return torch.from_numpy(flat.numpy()).view(t.dtype).view(t.shape)
+
+    def write(p: Path) -> None:
+        with open(p, "wb") as f, _bar(path, sum(t.nbytes for t in tensors.values())) as bar:
+            torch.save(
+                {"state_dict": {k: alone(v) for k, v in tensors.items()}}, CallbackIOWrapper(bar.update, f, "write")
+            )
+
+    write_atomically(path, write)
+
+
+def _bar(path: str | Path, size: int) -> tqdm:
+    """A progress bar for writing `size` bytes, if that takes a while."""
+    name = Path(path).name.removeprefix(".").split(".")[0]
+    return tqdm(total=size, desc=f"writing {name}", unit="B", unit_scale=True, disable=None if size > 5e8 else True)
 
 
 def save_json(path: str | Path, value: Any) -> None:
@@ -305,12 +410,17 @@ def list_checkpoints(run: str | Path) -> list[Path]:
     return sorted(p for p in (Path(run) / "checkpoints").glob("step-*") if p.is_dir() and p.suffix != ".partial")
 
 
+def is_run(path: str | Path) -> bool:
+    """Is it the folder of a training run? (A diffusers folder may have a `config.json` too, of another kind.)"""
+    file = Path(path) / "config.json"
+    return file.is_file() and "base" in load_json(file)
+
+
 def load_run(run: str | Path) -> dict[str, Any]:
     """A run's configuration, as train.py wrote it to `config.json`."""
-    path = Path(run) / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{run}: a folder, but not of a training run (it has no config.json)")
-    return json.loads(path.read_text())
+    if not is_run(run):
+        raise CheckpointError(f"{run}: not the folder of a training run (no config.json of one in it)")
+    return load_json(Path(run) / "config.json")
 
 
 def newest(run: str | Path) -> Path:
@@ -338,14 +448,13 @@ def save_training(
     """
     names = {id(p): name for name, p in trained.items()}
     moments = {f"{k}:{names[id(p)]}": v for p, entry in optimizer.state.items() for k, v in entry.items()}
-    plain = lambda tensors: {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     text = json.dumps(state | {"scaler": scaler.state_dict()}, indent=2) + "\n"
     folder = Path(run) / "checkpoints" / f"step-{state['step']:06d}"
     write_folder(
         folder,
         {
-            "trained.safetensors": lambda p: safetensors.torch.save_file(plain(weights), p, dict(metadata)),
-            "optimizer.safetensors": lambda p: safetensors.torch.save_file(plain(moments), p),
+            "trained.safetensors": lambda p: write_safetensors(p, weights, metadata),
+            "optimizer.safetensors": lambda p: write_safetensors(p, moments, {}),
             "state.json": lambda p: p.write_text(text),
         },
     )

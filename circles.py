@@ -206,7 +206,7 @@ def judge(run: str | Path, count: int = 64, steps: int = 20, device: str = "cpu"
     model = ControlLDM.from_file(run).to(device)
     if model.control_model is None:
         raise checkpoint.CheckpointError(f"{run}: no ControlNet in it")
-    settings = checkpoint.load_run(run) if Path(run).is_dir() else {}
+    settings = checkpoint.load_run(run) if checkpoint.is_run(run) else {}
     size = data.parse_resolution(settings.get("resolution", model.config.resolution))[0]
     only_mid = settings.get("only_mid_control", False)
     circles = held_out(count)
@@ -223,7 +223,7 @@ def judge(run: str | Path, count: int = 64, steps: int = 20, device: str = "cpu"
         f"{run}: {count} held-out hints (in colours that can be told apart): mean IoU {figures['iou']:.3f} "
         f"(base alone {figures['base_iou']:.3f}), colours right in {figures['colors']:.0%}"
     )
-    if Path(run).is_dir():
+    if checkpoint.is_run(run):
         few = circles[:6]
         columns = {
             "hint": [c.draw(size)[0] for c in few],

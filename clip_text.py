@@ -12,6 +12,7 @@ Follows Radford et al. 2021 (arXiv:2103.00020).
 """
 
 import gzip
+import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -39,12 +40,18 @@ def _byte_alphabet() -> list[str]:
 
 
 @lru_cache(maxsize=1)
-def _bpe() -> tokenizers.Tokenizer:
-    """CLIP's byte-pair encoder without framing and padding, built from the merges table."""
+def _tables() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The vocabulary and the merges, from the merges table alone."""
     merges = [tuple(line.split()) for line in gzip.decompress(MERGES.read_bytes()).decode().splitlines()]
     letters = _byte_alphabet()
     tokens = [*letters, *(c + "</w>" for c in letters), *("".join(pair) for pair in merges), START, END]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
+    return {token: i for i, token in enumerate(tokens)}, merges
+
+
+@lru_cache(maxsize=1)
+def _bpe() -> tokenizers.Tokenizer:
+    """CLIP's byte-pair encoder without framing and padding."""
+    vocabulary, merges = _tables()
     model = tokenizers.models.BPE(
         vocab=vocabulary, merges=merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END
     )
@@ -81,6 +88,20 @@ class Tokenizer:
             framed = [self.start, *encoding.ids[: MAX_TOKENS - 2], self.end]
             row[: len(framed)] = torch.tensor(framed)
         return ids
+
+
+def tokenizer_files(pad: str) -> dict[str, str]:
+    """The files of transformers' `CLIPTokenizer` (name -> text) that tokenizes as `Tokenizer(pad)` does."""
+    vocabulary, merges = _tables()
+    filler = END if pad == "end" else next(token for token, i in vocabulary.items() if i == 0)
+    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": filler}
+    config = special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": MAX_TOKENS, "do_lower_case": True}
+    return {
+        "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
+        "merges.txt": "#version: 0.2\n" + "".join(" ".join(pair) + "\n" for pair in merges),
+        "special_tokens_map.json": json.dumps(special, indent=2),
+        "tokenizer_config.json": json.dumps(config, indent=2),
+    }
 
 
 # --------------------------------------------------------------------------------------------------------- text tower
@@ -227,4 +248,24 @@ def clip_spelling(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
                 out[f"{layer}{OPENCLIP_LAYER[module]}.{kind}"] = value
         else:
             out["text_model." + key.removeprefix("text_model.")] = value
+    return out
+
+
+def openclip_spelling(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The way back: CLIP's spelling (`text_model.*`) -> OpenCLIP's. A key that it has no name for is left out."""
+    top = {v: k for k, v in OPENCLIP_TOP.items()}
+    layer = {v: k for k, v in OPENCLIP_LAYER.items()}
+    out = {}
+    for key, value in state_dict.items():
+        key = key.removeprefix("text_model.")
+        if key in top:
+            out[top[key]] = value
+        elif key.startswith("encoder.layers."):
+            number, name = key.removeprefix("encoder.layers.").split(".", 1)
+            there, (module, kind) = f"transformer.resblocks.{number}.", name.rsplit(".", 1)
+            if module in layer:
+                out[f"{there}{layer[module]}.{kind}"] = value
+            elif module == "self_attn.q_proj":  # q, k and v become one
+                parts = [state_dict[f"text_model.encoder.layers.{number}.self_attn.{p}_proj.{kind}"] for p in "qkv"]
+                out[f"{there}attn.in_proj_{kind}"] = torch.cat(parts)
     return out

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import checkpoint
 from checkpoint import CheckpointError
 from clip_text import CLIPTextModel, TextConfig, Tokenizer, clip_spelling
+from exchange import CONTROL, TEXT, UNET, VAE
 from unet import UNet, UNetConfig, UNetEncoder, zero_module
 from vae import AutoencoderKL, VAEConfig, sample_posterior
 
@@ -174,12 +175,10 @@ SD15 = ModelConfig("sd15")
 SD21 = ModelConfig("sd21", **_SD2)
 SD21_V = ModelConfig("sd21_v", **_SD2, prediction="v", resolution=768)
 TINY = ModelConfig("tiny", **_TINY)
+PUBLISHED = ("sd15", "sd21", "sd21_v")  # whose shapes say which they are
 MODELS = {model.name: model for model in (SD15, SD21, SD21_V, TINY)}
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-# Where the parts are in a checkpoint.
-UNET, CONTROL, VAE, TEXT = "model.diffusion_model.", "control_model.", "first_stage_model.", "cond_stage_model."
 
 
 def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -187,25 +186,159 @@ def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
-def detect(path: str | Path, state: dict[str, Tensor]) -> ModelConfig:
-    """Which model a file holds: from its metadata (`config`, as this project writes it), otherwise from its shapes."""
+def detect(path: str | Path, state: dict[str, Tensor], prefix: str = UNET) -> ModelConfig:
+    """Which model a file holds: from its metadata (`config`, as this project writes it), otherwise from the shapes of
+    its UNet (or, under the prefix CONTROL, of its ControlNet). CheckpointError says what is there instead."""
     if text := checkpoint.load_metadata(path).get("config"):
         return ModelConfig.from_json(text)
-    first = state.get(UNET + "input_blocks.0.0.weight")
-    attention = state.get(UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
-    if first is None or attention is None:
-        raise CheckpointError(f"{path}: no Stable Diffusion UNet in it (keys like {UNET}input_blocks.0.0.weight)")
+    first = state.get(prefix + "input_blocks.0.0.weight")
+    if first is None:
+        raise CheckpointError(f"{path}: {describe(state)}; a Stable Diffusion 1.x or 2.x model is needed here")
+    attention = state.get(prefix + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
+    if any(".label_emb." in k or ".add_embedding." in k for k in state) or (attention is None and len(first) == 320):
+        raise CheckpointError(f"{path}: a UNet of the SDXL kind; SD 1.x and SD 2.x are supported")
+    width = attention.shape[1] if attention is not None else "unknown"
     if first.shape[1] != 4:
         raise CheckpointError(
-            f"{path}: a UNet with {first.shape[1]} input channels (inpainting has 9); 4 are supported"
+            f"{path}: a UNet with {first.shape[1]} input channels (inpainting has 9, instruct-pix2pix 8, "
+            "depth-to-image 5); models with 4 are supported"
         )
     models = {768: SD15, 1024: SD21}
-    if attention.shape[1] not in models or first.shape[0] != 320:
+    if width not in models or first.shape[0] != 320:
         raise CheckpointError(
-            f"{path}: a UNet of {first.shape[0]} channels with prompts of width {attention.shape[1]}; supported are "
-            "SD 1.x (320 and 768), SD 2.x (320 and 1024), and models made by pretrain.py"
+            f"{path}: a UNet of {first.shape[0]} channels with prompts of width {width}; supported are SD 1.x (320 and "
+            "768), SD 2.x (320 and 1024), and safetensors files of the models that pretrain.py makes"
         )
-    return models[attention.shape[1]]
+    return models[width]
+
+
+def describe(state: dict[str, Tensor]) -> str:
+    """What a file without the UNet that we look for is, in words."""
+    if any(k.startswith(UNET + "input_blocks.") for k in state):
+        return "a Stable Diffusion model" + (
+            "" if any(k.startswith(CONTROL) for k in state) else " without a ControlNet"
+        )
+    some = lambda *needles: any(needle in k for k in state for needle in needles)
+    if some("lora_", ".lora.", "hada_", "lokr_"):
+        return "a LoRA, which changes a model but is none"
+    if some("conditioner.embedders.", "add_embedding."):
+        return "an SDXL model"
+    if some("joint_blocks.", "double_blocks.", "transformer_blocks.0.attn.add_q_proj"):
+        return "a diffusion transformer (as SD 3 and Flux are)"
+    if some(CONTROL):
+        return "a ControlNet alone (--control takes it, beside a base model)"
+    if some(VAE):
+        return "a VAE alone (--vae takes it, beside a base model)"
+    if some(TEXT):
+        return "a text encoder alone"
+    return f"no Stable Diffusion UNet in it (keys like {UNET}input_blocks.0.0.weight), but {min(state)} and others"
+
+
+def gather(
+    path: str | Path,
+    base: str | Path | None = None,
+    control: str | Path | None = None,
+    vae: str | Path | None = None,
+    ema: bool = False,
+) -> dict[str, Tensor]:
+    """All tensors of a model in original names, put together from what each of these says.
+
+    `path`: a Stable Diffusion file or diffusers folder; or the folder of a training run, which stands for its base with
+    the newest checkpoint's weights over it. `base`: with a run, another base than its own. `control`: a file or folder
+    with a ControlNet (also as a difference to the UNet) that joins, or replaces, the model's. `vae`: the same for the
+    VAE. `ema`: take the UNet's moving average (`model_ema.*`) for its weights.
+    """
+    path, trained = Path(path), {}
+    if checkpoint.is_run(path):
+        if control:
+            raise CheckpointError(f"{path}: a run has its own ControlNet; --control {control} goes with a base model")
+        trained = checkpoint.load_state_dict(checkpoint.newest(path) / "trained.safetensors")
+        run, path = path, Path(base or checkpoint.load_run(path)["base"])
+        if not path.exists():
+            raise CheckpointError(f"{run}: its base {path} is not there; --base FILE says where it is now")
+    state = checkpoint.load_state_dict(path)
+    if ema:
+        names = {k: "model_ema." + k.removeprefix("model.").replace(".", "") for k in state if k.startswith(UNET)}
+        if not names or not state.keys() >= set(names.values()):
+            raise CheckpointError(f"{path}: has no moving average of its UNet (model_ema.*); leave --ema out")
+        state |= {k: state[name] for k, name in names.items()}
+    if control:
+        given = take(control, CONTROL, "a ControlNet")
+        difference = given.pop(DIFFERENCE, None) is not None
+        state = state | (add_encoder(given, state) if difference else given)
+    if vae:
+        given = take(vae, VAE, "a VAE")
+        wrong = [k for k, v in given.items() if k in state and state[k].shape != v.shape]
+        if wrong:
+            raise CheckpointError(f"{vae}: a VAE of another shape than that of {path} ({wrong[0]})")
+        state = state | given
+    return state | trained
+
+
+def take(path: str | Path, prefix: str, what: str) -> dict[str, Tensor]:
+    """One part of a file (and the mark of differences, if it has that); CheckpointError where the part is not there."""
+    state = checkpoint.load_state_dict(path)
+    given = {k: v for k, v in state.items() if k.startswith(prefix) or k == DIFFERENCE}
+    if not given.keys() - {DIFFERENCE}:
+        raise CheckpointError(f"{path}: {describe(state)}; {what} is needed here")
+    return given
+
+
+DIFFERENCE = "difference"  # the tensor that marks a ControlNet's file as holding differences to the UNet
+
+
+def add_encoder(control: dict[str, Tensor], state: dict[str, Tensor], sign: int = 1) -> dict[str, Tensor]:
+    """Add the UNet's weights in `state` to (with sign -1: subtract them from) those of `control` that are copies of
+    them; its own, as the zero convolutions, stay."""
+    out = {}
+    for key, value in control.items():
+        twin = state.get(UNET + key.removeprefix(CONTROL))
+        out[key] = value if twin is None else (value.float() + sign * twin.float()).to(value.dtype)
+    return out
+
+
+def read_model(
+    path: str | Path,
+    base: str | Path | None = None,
+    control: str | Path | None = None,
+    vae: str | Path | None = None,
+    ema: bool = False,
+    prediction: str = "auto",
+    clip_skip: int = 1,
+) -> tuple[dict[str, Tensor], ModelConfig]:
+    """A model's tensors, put together as `gather` does, and which model they are.
+
+    What a run was trained with stands where nothing else is said. `prediction` ("eps" or "v") says what a file cannot
+    tell (SD 2.1 at 768 px is "v"). `clip_skip`: 2 leaves out the text tower's last layer, 3 the last two, ...
+    """
+    path = Path(path)
+    if checkpoint.is_run(path):
+        run = checkpoint.load_run(path)
+        base, vae = base or run["base"], vae or run.get("vae")
+        ema, clip_skip = ema or run.get("ema", False), run.get("clip_skip", 1) if clip_skip == 1 else clip_skip
+        prediction = run.get("prediction", "auto") if prediction == "auto" else prediction
+    state = gather(path, base, control, vae, ema)
+    source = Path(base) if checkpoint.is_run(path) else path
+    return state, configure(source, detect(source, state), prediction, clip_skip)
+
+
+def configure(path: Path, config: ModelConfig, prediction: str, clip_skip: int) -> ModelConfig:
+    """`config` with what the user said, or the scheduler of a diffusers folder says, about what weights cannot tell."""
+    if prediction == "auto":
+        known = checkpoint.load_prediction(path)
+        if known is None and config == SD21:
+            print(
+                f"{path}: an SD 2.x model, taken for the one at 512 px, which predicts eps; for the one at 768 px "
+                "(v-prediction) say --prediction v"
+            )
+        prediction = known or config.prediction
+    if config == SD21 and prediction == "v":
+        config = SD21_V
+    layers = config.text.layers - (clip_skip - 1)
+    if clip_skip < 1 or layers <= config.text.penultimate:
+        raise CheckpointError(f"--clip-skip is {clip_skip}; this text tower has {config.text.layers} layers")
+    text = dataclasses.replace(config.text, layers=layers)
+    return dataclasses.replace(config, prediction=prediction, text=text)
 
 
 # ------------------------------------------------------------------------------------------------------ the whole model
@@ -247,50 +380,34 @@ class ControlLDM(nn.Module):
     @classmethod
     def from_file(
         cls, path: str | Path, attach: bool = False, hint_channels: int | None = None, prediction: str = "auto",
-        seed: int = 0, base: str | Path | None = None,
+        seed: int = 0, base: str | Path | None = None, control: str | Path | None = None,
+        vae: str | Path | None = None, ema: bool = False, clip_skip: int = 1,
     ) -> "ControlLDM":  # fmt: skip
-        """Build the model that `path` holds.
+        """Build the model that `path` holds, in float32, on the CPU.
 
-        `path`: a Stable Diffusion file, with ControlNet or without, or the folder of a training run, which stands for
-        its base file (`base`, if that is elsewhere now, or to steer another) with the newest checkpoint's weights over
-        it. `attach`: where there is no ControlNet, add a new one, with `hint_channels` (default 3) and its hint encoder
-        initialised from `seed`. `prediction` ("eps" or "v") overrides what the file cannot tell (SD 2.1 at 768 px is
-        "v").
+        `attach`: where there is no ControlNet, add a new one, with `hint_channels` (default 3) and its hint encoder
+        initialised from `seed`. The others: see `read_model`.
         """
         path = Path(path)
-        trained: dict[str, Tensor] = {}
-        if path.is_dir():
-            run_config = checkpoint.load_run(path)
-            trained = checkpoint.load_state_dict(checkpoint.newest(path) / "trained.safetensors")
-            prediction = run_config.get("prediction", "auto") if prediction == "auto" else prediction
-            run, path = path, Path(base or run_config["base"])
-            if not path.exists():
-                raise CheckpointError(f"{run}: its base {path} is not there; --base FILE says where it is now")
-        state = checkpoint.load_state_dict(path)
-        config = detect(path, state)
-        state |= trained
-        if prediction != "auto":
-            config = SD21_V if config == SD21 and prediction == "v" else config
-            config = dataclasses.replace(config, prediction=prediction)
-        control = part(state, CONTROL)
-        if control:
-            first = control.get("input_hint_block.0.weight")
+        state, config = read_model(path, base, control, vae, ema, prediction, clip_skip)
+        own = part(state, CONTROL)
+        if own:
+            first = own.get("input_hint_block.0.weight")
             if first is None:
                 raise CheckpointError(f"{path}: its ControlNet lacks input_hint_block.0.weight")
             if hint_channels not in (None, first.shape[1]):
                 raise CheckpointError(
                     f"{path}: its ControlNet takes hints of {first.shape[1]} channels, not {hint_channels}"
                 )
-            widths = tuple(control[f"input_hint_block.{i}.weight"].shape[0] for i in (0, 4, 8, 12))
-            config = dataclasses.replace(config, hint_widths=widths)
+            config = dataclasses.replace(config, hint_widths=hint_widths(own))
             hint_channels = first.shape[1]
         with torch.device("meta"):
-            model = cls(config, hint_channels if control else None)
+            model = cls(config, hint_channels if own else None)
         parts = [(UNET, model.unet), (VAE, model.vae), (TEXT, model.text)]
-        parts += [(CONTROL, model.control_model)] if control else []
+        parts += [(CONTROL, model.control_model)] if own else []
         for prefix, module in parts:
             load_part(path, module, part(state, prefix), prefix)
-        if attach and not control:
+        if attach and not own:
             model.control_model = ControlNet.from_unet(
                 model.unet, hint_channels or 3, config.hint_widths, seed, config.hint_gain
             )
@@ -316,6 +433,11 @@ class ControlLDM(nn.Module):
         if hint is not None and self.control_model is not None:
             control = self.control_model(x, hint, timesteps, context, only_mid_control)
         return self.unet(x, timesteps, context, control, only_mid_control)
+
+
+def hint_widths(control: dict[str, Tensor]) -> tuple[int, ...]:
+    """The widths of the hint encoder that a ControlNet's tensors (without their prefix) have."""
+    return tuple(control[f"input_hint_block.{i}.weight"].shape[0] for i in (0, 4, 8, 12))
 
 
 def load_part(path: Path, module: nn.Module, state: dict[str, Tensor], prefix: str) -> None:

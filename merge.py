@@ -2,31 +2,63 @@
 
     python merge.py models/v1-5-pruned.ckpt models/control_sd15_ini.safetensors      attach: SD in, SD + ControlNet out
     python merge.py extract runs/fill50k control.safetensors                         the ControlNet alone
+    python merge.py transfer --from-base A --control A_CONTROL --to-base B OUT       carried over to another model
+    python merge.py export runs/fill50k exported/                                    a folder that diffusers assembles
     python merge.py info FILE                                                        what is in it
 
 Attaching copies the UNet's encoder into a new ControlNet whose zero convolutions are zero: the result draws exactly
 what the input draws, and is where training starts. (`train.py --base` attaches by itself; a merged file is for other
-tools, and for looking at.) Tensors pass through under their names; what a command does not know it leaves as it is.
+tools, and for looking at.) An input is a file or a diffusers folder, or, where a ControlNet is read, the folder of a
+run. Tensors pass through under their names; what a command does not know it leaves as it is. Files are mapped and
+written one tensor at a time, so models larger than the memory go through.
 """
 
 import argparse
+import json
 import sys
 from collections import Counter
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import checkpoint
+import exchange
 from checkpoint import CheckpointError
-from controlnet import CONTROL, TEXT, UNET, VAE, ControlNet, detect, new_weights
+from clip_text import clip_spelling, tokenizer_files
+from controlnet import (
+    CONTROL,
+    DIFFERENCE,
+    PUBLISHED,
+    TEXT,
+    UNET,
+    VAE,
+    ControlLDM,
+    ControlNet,
+    ModelConfig,
+    add_encoder,
+    detect,
+    gather,
+    hint_widths,
+    new_weights,
+    part,
+    read_model,
+    take,
+)  # fmt: skip
 
 PARTS = {"UNet": UNET, "ControlNet": CONTROL, "VAE": VAE, "text tower": TEXT}
+State = dict[str, Tensor]
 
 
-def attach(source: str, hint_channels: int = 3, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
-    """SD -> SD + ControlNet: tensors, metadata, and the names of the weights that are new (not copied)."""
-    state = checkpoint.load_state_dict(source)
+# ----------------------------------------------------------------------------------------------------------- commands
+def attach(
+    source: str, hint_channels: int = 3, seed: int = 0, vae: str | None = None, ema: bool = False
+) -> tuple[State, list[str]]:
+    """SD -> SD + ControlNet, and the names of the weights that are new (not copied)."""
+    state = gather(source, vae=vae, ema=ema)
     if any(k.startswith(CONTROL) for k in state):
         raise CheckpointError(f"{source}: already has a ControlNet; extract takes it out")
     config = detect(source, state)
@@ -36,101 +68,246 @@ def attach(source: str, hint_channels: int = 3, seed: int = 0) -> tuple[dict[str
     lacking = [k for k in names if k not in new and UNET + k not in state]
     if lacking:
         raise CheckpointError(f"{source}: {len(lacking)} weights of the UNet missing, as {UNET}{lacking[0]}")
-    control = {CONTROL + k: new[k] if k in new else state[UNET + k].clone() for k in names}
-    return state | control, checkpoint.load_metadata(source), [CONTROL + k for k in new]
+    control = {CONTROL + k: new[k] if k in new else state[UNET + k] for k in names}
+    return state | control, [CONTROL + k for k in new]
 
 
-def extract(source: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The ControlNet of a file or of a run's newest checkpoint, under `control_model.*`, and the file's metadata."""
+def extract(source: str) -> tuple[State, Path]:
+    """The ControlNet of a file, a folder or a run's newest checkpoint, and the file or folder that it was in."""
     path = Path(source)
-    if path.is_dir():
+    if checkpoint.is_run(path):
         path = checkpoint.newest(path) / "trained.safetensors"
-    state = checkpoint.load_state_dict(path)
+        decoder = sum(k.startswith(UNET) for k in checkpoint.load_state_dict(path))
+        if decoder:
+            print(
+                f"note: {source} trained the UNet's decoder too ({decoder} tensors), so the ControlNet alone is not "
+                "the whole result; `merge.py export` writes all of it"
+            )
+    return take(path, CONTROL, "a ControlNet"), path
+
+
+def difference(control: State, base: str) -> State:
+    """A ControlNet as what it has more than the UNet of `base`, in the form that Automatic1111 and ComfyUI read."""
+    state = gather(base)
+    if not any(UNET + k.removeprefix(CONTROL) in state for k in control):
+        raise CheckpointError(f"{base}: no UNet in it that the ControlNet could be a copy of")
+    return add_encoder(control, state, sign=-1) | {DIFFERENCE: torch.ones(1)}
+
+
+def transfer(from_base: str, control: str, to_base: str) -> State:
+    """A ControlNet trained on one base, carried over to another: what the other has more than the first is added to the
+    weights of ControlNet and UNet wherever both have them; VAE, text tower and the rest come from the other.
+
+    Follows the original's tool_transfer_control.py.
+    """
+    a, b, trained = gather(from_base), gather(to_base), gather(control)
+    if not any(k.startswith(CONTROL) for k in trained):
+        raise CheckpointError(f"{control}: no ControlNet in it")
+    if trained.pop(DIFFERENCE, None) is not None:
+        trained = add_encoder(trained, a)
+    if not any(k.startswith(UNET) for k in trained):  # a ControlNet alone
+        trained |= {k: v for k, v in a.items() if k.startswith(UNET)}
+    out = dict(b)
+    for key, value in trained.items():
+        if not key.startswith((UNET, CONTROL)):
+            continue
+        twin = UNET + key.removeprefix(CONTROL) if key.startswith(CONTROL) else key
+        if twin in a and twin in b:
+            if a[twin].shape != b[twin].shape:
+                raise CheckpointError(f"{to_base}: another kind of model than {from_base} ({twin} differs in shape)")
+            value = (value.float() + b[twin].float() - a[twin].float()).to(value.dtype)
+        out[key] = value
+    return out
+
+
+def control_folder(control: State, config: ModelConfig) -> dict[str, Any]:
+    """A ControlNet's diffusers folder: file name -> text, or tensors."""
+    own = part(control, CONTROL)
+    table = exchange.control_table(*exchange.unet_levels(config.unet))
+    channels = own["input_hint_block.0.weight"].shape[1]
+    return {
+        "config.json": exchange.control_config(config.unet, channels, hint_widths(own)),
+        "diffusion_pytorch_model.safetensors": exchange.to_diffusers(own, table),
+    }
+
+
+def diffusers_folder(state: State, config: ModelConfig) -> dict[str, Any]:
+    """A whole model's diffusers folder: file name -> JSON, text, or tensors."""
+    unet_table = exchange.unet_table(*exchange.unet_levels(config.unet))
+    vae_table = exchange.vae_table(len(config.vae.ch_mult), config.vae.num_res_blocks)
     control = {k: v for k, v in state.items() if k.startswith(CONTROL)}
-    if not control:
-        raise CheckpointError(f"{source}: no ControlNet in it")
-    decoder = sum(k.startswith(UNET) for k in state)
-    if path != Path(source) and decoder:
-        print(
-            f"note: {source} trained {decoder} tensors of the UNet's decoder too; the ControlNet alone leaves them out"
-        )
-    return control, checkpoint.load_metadata(path)
+    weights = "diffusion_pytorch_model.safetensors"
+    schedule = (config.linear_start, config.linear_end, config.timesteps, config.prediction)
+    files = {
+        "model_index.json": exchange.model_index(bool(control)),
+        "scheduler/scheduler_config.json": exchange.scheduler_config(*schedule),
+        "unet/config.json": exchange.unet_config(config.unet),
+        f"unet/{weights}": exchange.to_diffusers(part(state, UNET), unet_table),
+        "vae/config.json": exchange.vae_config(config.vae, config.scale_factor),
+        f"vae/{weights}": exchange.to_diffusers(part(state, VAE), vae_table),
+        "text_encoder/config.json": exchange.text_config(config.text),
+        "text_encoder/model.safetensors": exchange.text_to_transformers(
+            part(state, TEXT), config.text.layers - config.text.penultimate
+        ),
+    }
+    files |= {f"tokenizer/{name}": text for name, text in tokenizer_files(config.pad).items()}
+    return files | ({f"controlnet/{k}": v for k, v in control_folder(control, config).items()} if control else {})
 
 
 def info(source: str) -> list[str]:
-    """Lines that say what a file holds: its parts, their sizes and dtypes, its model, its metadata."""
-    state = checkpoint.load_state_dict(source)
-    lines = []
-    for name, prefix in PARTS.items():
+    """Lines that say what a file, folder or run holds: parts, sizes, dtypes, what is missing, model, metadata."""
+    path, lines = Path(source), []
+    if checkpoint.is_run(path):
+        path = checkpoint.newest(path)
+    if (path / "state.json").exists():  # a training checkpoint
+        saved = checkpoint.load_json(path / "state.json")
+        lines.append(f"{path}: step {saved['step']}, {saved['samples']} samples, trained with")
+        lines += [f"    {k:24} {v}" for k, v in saved["config"].items()]
+        path = path / "trained.safetensors"
+    state = checkpoint.load_state_dict(path)
+    count = lambda name, tensors: (
+        f"{name:11} {sum(v.numel() for v in tensors) / 1e6:8.1f} M in {len(tensors)} tensors "
+        f"({', '.join(Counter(str(v.dtype).removeprefix('torch.') for v in tensors))})"
+    )
+    kinds = PARTS | {"average": "model_ema."}
+    for name, prefix in kinds.items():
         tensors = [v for k, v in state.items() if k.startswith(prefix)]
-        dtypes = Counter(str(v.dtype).removeprefix("torch.") for v in tensors)
-        size = sum(v.numel() for v in tensors) / 1e6
-        lines.append(
-            f"{name:11} {size:8.1f} M in {len(tensors)} tensors ({', '.join(dtypes)})" if tensors else f"{name:11} none"
-        )
-    other = sum(not k.startswith(tuple(PARTS.values())) for k in state)
-    lines.append(f"{'other':11} {other} tensors")
+        lines += [count(name, tensors)] if tensors else [f"{name:11} none"]
+    rest = [v for k, v in state.items() if not k.startswith(tuple(kinds.values()))]
+    lines += [count("other", rest)] if rest else []
     try:
-        lines.append(f"{'model':11} {detect(source, state).name}")
+        config = detect(path, state, UNET if part(state, UNET + "input_blocks.") else CONTROL)
+        lines += [f"{'model':11} {config.name}", *missing(state, config)]
     except CheckpointError as e:
-        lines.append(f"{'model':11} {str(e).removeprefix(f'{source}: ')}")
-    return lines + [f"{k:11} {v}" for k, v in checkpoint.load_metadata(source).items()]
+        lines.append(f"{'model':11} {str(e).removeprefix(f'{path}: ')}")
+    return lines + [f"{k:11} {v}" for k, v in checkpoint.load_metadata(path).items()]
 
 
-def save(out: str, state: dict[str, Tensor], metadata: dict[str, str], half: bool, force: bool) -> None:
-    """Write safetensors, or, where a `.ckpt` is named, a pickle of tensors alone."""
+def missing(state: State, config: ModelConfig) -> list[str]:
+    """A line for each part that is there, but not all of it."""
+    with torch.device("meta"):
+        wanted, lines = ControlLDM(config).state_dict(), []
+    for name, prefix in PARTS.items():
+        own, names = part(state, prefix), part(wanted, prefix)
+        own, names = (clip_spelling(own), clip_spelling(names)) if prefix == TEXT else (own, names)
+        lacking = [k for k in names if k not in own]
+        if own and lacking:
+            lines.append(f"{'missing':11} {len(lacking)} of {len(names)} tensors of the {name}, as {lacking[0]}")
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------- the output
+def check_output(out: str, force: bool, folder: bool) -> None:
+    """Refuse, before the work, an output that cannot be written or that would replace something."""
     path = Path(out)
     if path.exists() and not force:
         raise CheckpointError(f"{out}: exists; --force replaces it")
-    if not path.parent.is_dir():
+    if path.exists() and path.is_dir() != folder:
+        raise CheckpointError(f"{out}: is a {'folder' if path.is_dir() else 'file'}, the output is the other")
+    if not path.absolute().parent.is_dir():
         raise CheckpointError(f"{out}: no such folder {path.parent}")
-    if half:
-        state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
-    if path.suffix in (".ckpt", ".pth", ".pt"):
-        checkpoint.write_atomically(
-            path, lambda p: torch.save({"state_dict": {k: v.clone() for k, v in state.items()}}, p)
-        )
-    elif path.suffix == ".safetensors":
-        checkpoint.save_safetensors(path, state, metadata)
-    else:
+    if not folder and path.suffix not in (".safetensors", ".ckpt", ".pth", ".pt"):
         raise CheckpointError(f"{out}: the output is a .safetensors file (or .ckpt)")
+
+
+def save(out: str, state: State, metadata: Mapping[str, str], half: bool) -> None:
+    """Write safetensors, or, where a `.ckpt` is named, a pickle of tensors alone."""
+    path = Path(out)
+    if path.suffix == ".safetensors":
+        checkpoint.save_safetensors(path, state, metadata, half)
+    else:
+        if "config" in metadata:
+            print(f"note: {out}: a .ckpt cannot say which shape this model has; to use it here, write .safetensors")
+        state = {k: v.half() if half and v.is_floating_point() else v for k, v in state.items()}
+        checkpoint.save_pickle(path, state)
     print(f"{out}: {path.stat().st_size / 1e9:.2f} GB")
 
 
-def main(argv: list[str] | None = None) -> None:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] not in ("attach", "extract", "info", "-h", "--help"):
-        argv.insert(0, "attach")  # python merge.py INPUT OUTPUT
-    parser = argparse.ArgumentParser(
-        description="Attach a ControlNet to a Stable Diffusion file, take one out, look into one."
+def save_folder(out: str, files: Mapping[str, Any], metadata: Mapping[str, str], half: bool) -> None:
+    """Write a diffusers folder, all of it or nothing."""
+    tensors = lambda value, p: checkpoint.write_safetensors(p, value, {"format": "pt", **metadata}, half)
+    text = lambda value, p: p.write_text(value if isinstance(value, str) else json.dumps(value, indent=2) + "\n")
+    checkpoint.write_folder(
+        out, {k: partial(tensors if k.endswith(".safetensors") else text, v) for k, v in files.items()}
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("attach", help="SD in, SD + ControlNet out (also: merge.py INPUT OUTPUT)")
-    p.add_argument("input", help="a Stable Diffusion file")
+    size = sum(f.stat().st_size for f in Path(out).rglob("*") if f.is_file())
+    print(f"{out}: a diffusers folder, {size / 1e9:.2f} GB")
+
+
+# --------------------------------------------------------------------------------------------------------------- CLI
+def parse(argv: list[str]) -> argparse.Namespace:
+    commands = ("attach", "extract", "transfer", "export", "info", "-h", "--help")
+    if argv and argv[0] not in commands:
+        argv = ["attach", *argv]  # python merge.py INPUT OUTPUT
+    parser = argparse.ArgumentParser(description="Attach, extract, carry over, export ControlNets; look into files.")
+    sub = parser.add_subparsers(dest="command", required=True)
+    p = sub.add_parser("attach", help="SD in, SD + ControlNet out (also: merge.py INPUT OUTPUT)")
+    p.add_argument("input", help="a Stable Diffusion file or diffusers folder")
     p.add_argument("output", help=".safetensors, or .ckpt")
     p.add_argument("--hint-channels", type=int, default=3, help="channels of the hint images (default 3)")
     p.add_argument("--seed", type=int, default=0, help="of the hint encoder's initial weights (default 0)")
-    q = commands.add_parser("extract", help="the ControlNet alone, as control_model.*")
-    q.add_argument("input", help="a file with a ControlNet, or the folder of a run")
-    q.add_argument("output", help=".safetensors, or .ckpt")
-    for each in (p, q):
+    q = sub.add_parser("extract", help="the ControlNet alone")
+    q.add_argument("input", help="a file with a ControlNet, a diffusers folder, or the folder of a run")
+    q.add_argument("output", help=".safetensors, .ckpt, or for --format diffusers a folder")
+    q.add_argument(
+        "--format", choices=("original", "diffusers"), default="original",
+        help="control_model.* as Automatic1111 and ComfyUI read it (default), or a folder for diffusers",
+    )  # fmt: skip
+    q.add_argument(
+        "--difference", metavar="BASE", help="write what it has more than the UNet of BASE (not for diffusers)"
+    )
+    r = sub.add_parser("transfer", help="carry a ControlNet over to another base model")
+    r.add_argument("--from-base", required=True, help="the model that the ControlNet was trained on")
+    r.add_argument("--control", required=True, help="that model with its ControlNet, the ControlNet alone, or a run")
+    r.add_argument("--to-base", required=True, help="the model to carry it to")
+    r.add_argument("output", help="that model with the ControlNet: .safetensors, or .ckpt")
+    s = sub.add_parser("export", help="a whole model: a folder for diffusers, or one file")
+    s.add_argument("input", help="a Stable Diffusion file, with ControlNet or without, a diffusers folder, or a run")
+    s.add_argument("output", help="a folder to make, or a .safetensors or .ckpt file")
+    s.add_argument("--base", help="with a run: another base than its own, or where that is now")
+    s.add_argument("--control", help="a ControlNet's file or folder to put in")
+    s.add_argument("--prediction", choices=("auto", "eps", "v"), default="auto", help="v for SD 2.1 at 768 px")
+    for each in (p, s):
+        each.add_argument("--vae", help="a VAE's file or folder to put in the place of the model's")
+        each.add_argument("--ema", action="store_true", help="take the UNet's moving average (model_ema.*)")
+    for each in (p, q, r, s):
         each.add_argument("--half", action="store_true", help="store fp16")
         each.add_argument("--force", action="store_true", help="replace an existing output")
-    commands.add_parser("info", help="say what is in a file").add_argument("input", help="a weight file")
-    args = parser.parse_args(argv)
+    sub.add_parser("info", help="say what is in a file, folder or run").add_argument("input", help="where to look")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(list(sys.argv[1:] if argv is None else argv))
     if args.command == "info":
         print(*info(args.input), sep="\n")
         return
-    if Path(args.output).exists() and not args.force:  # before the work
-        raise CheckpointError(f"{args.output}: exists; --force replaces it")
+    folder = getattr(args, "format", "") == "diffusers" or (args.command == "export" and not Path(args.output).suffix)
+    check_output(args.output, args.force, folder)
     if args.command == "attach":
-        state, metadata, new = attach(args.input, args.hint_channels, args.seed)
+        state, new = attach(args.input, args.hint_channels, args.seed, args.vae, args.ema)
+        metadata = checkpoint.load_metadata(args.input)
         copied = sum(k.startswith(CONTROL) for k in state) - len(new)
         kinds = ", ".join(sorted({k.split(".")[1] for k in new}))
         print(f"{copied} tensors of the ControlNet are copies of the UNet's, {len(new)} are new ({kinds})")
+    elif args.command == "extract":
+        state, path = extract(args.input)
+        metadata = checkpoint.load_metadata(path)
+        if folder and (args.difference or DIFFERENCE in state):
+            raise CheckpointError("differences are Automatic1111's and ComfyUI's form; diffusers has none")
+        files = control_folder(state, detect(path, state, CONTROL)) if folder else {}
+        state = difference(state, args.difference) if args.difference else state
+    elif args.command == "transfer":
+        state, metadata = transfer(args.from_base, args.control, args.to_base), checkpoint.load_metadata(args.to_base)
     else:
-        state, metadata = extract(args.input)
-    save(args.output, state, metadata, args.half, args.force)
+        options = {k: getattr(args, k) for k in ("base", "control", "vae", "ema", "prediction")}
+        state, config = read_model(args.input, **options)
+        metadata = {"config": config.to_json()} if config.name not in PUBLISHED else {}
+        files = diffusers_folder(state, config) if folder else {}
+    if folder:
+        save_folder(args.output, files, metadata, args.half)
+    else:
+        save(args.output, state, metadata, args.half)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,10 @@ class Config:
     prediction: str = setting(
         "auto", "what to train", "v for SD 2.1 at 768 px, which its file cannot tell", ("auto", "eps", "v")
     )
+    control: str = setting("", "what to train", "a ControlNet's file or folder to go on from (default: a new one)")
+    vae: str = setting("", "what to train", "a VAE's file or folder to take for the base's")
+    ema: bool = setting(False, "what to train", "take the base UNet's moving average (model_ema.*) for its weights")
+    clip_skip: int = setting(1, "what to train", "2 leaves out the text tower's last layer, as some SD 1.x models want")
 
     sd_locked: bool = setting(True, "what is trained", "off: the UNet's decoder trains too; use a rate of 2e-6 then")
     only_mid_control: bool = setting(False, "what is trained", "steer through the middle block alone: fast, weak")
@@ -124,7 +128,18 @@ DEMO = dict(
     validation=16,
 )
 # `base` and `data` may be other paths on resume, to the same weights and the same rows.
-FIXED_ON_RESUME = ("resolution", "hint_channels", "hint_resample", "prediction", "seed", "validation")
+FIXED_ON_RESUME = (
+    "resolution",
+    "hint_channels",
+    "hint_resample",
+    "prediction",
+    "control",
+    "vae",
+    "ema",
+    "clip_skip",
+    "seed",
+    "validation",
+)
 
 
 # -------------------------------------------------------------------------------------------------------------- loss
@@ -411,7 +426,12 @@ def train(
         prediction=config.prediction,
         seed=config.seed,
         base=config.base,
+        control=None if resume else config.control,
+        vae=config.vae,
+        ema=config.ema,
+        clip_skip=config.clip_skip,
     ).to(config.device)
+    config.prediction = model.config.prediction
     origin = {"base": frozen.fingerprint(model.unet, ("input_blocks.",)), "data": getattr(dataset, "fingerprint", "")}
     trained, optimizer, scaler, autocast = assemble(config, model)
     state, carried = {"step": 0, "samples": 0} | origin, {}

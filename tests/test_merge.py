@@ -1,12 +1,15 @@
 """Attaching, extracting, and what the tool says."""
 
+import json
+
 import pytest
 import torch
 
 import checkpoint
 import merge
-from checkpoint import CheckpointError
-from controlnet import ControlLDM
+import train
+from checkpoint import CheckpointError, load_state_dict
+from controlnet import TINY, ControlLDM, gather, read_model
 
 
 def test_attach_equals_attaching_on_the_fly(base, tmp_path, capsys):
@@ -34,9 +37,195 @@ def test_extract_half_ckpt_and_info(base, tmp_path, capsys):
     control = checkpoint.load_state_dict(alone)
     assert all(k.startswith("control_model.") and v.dtype == torch.float16 for k, v in control.items())
     assert control["control_model.input_hint_block.0.weight"].shape[1] == 1
-    with pytest.raises(CheckpointError, match="no ControlNet"):
+    with pytest.raises(CheckpointError, match="without a ControlNet; a ControlNet is needed"):
         merge.main(["extract", str(base), str(tmp_path / "x.safetensors")])
     capsys.readouterr()
     merge.main(["info", str(base)])
     said = capsys.readouterr().out
     assert "ControlNet  none" in said and "model       tiny" in said and "float32" in said
+
+
+def other(base, path, seed: int):
+    """Another model of the same kind: every weight of `base` moved a little."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {k: v + 0.01 * torch.randn(v.shape, generator=generator) for k, v in load_state_dict(base).items()}
+    checkpoint.save_safetensors(path, state, checkpoint.load_metadata(base))
+    return path
+
+
+def test_transfer_adds_what_the_other_base_has_more(base, tmp_path):
+    a, b = base, other(base, tmp_path / "b.safetensors", 1)
+    whole, alone, out = (tmp_path / f"{name}.safetensors" for name in ("whole", "alone", "out"))
+    merge.main([str(a), str(whole)])
+    trained = {k: v + 0.1 * k.startswith("control_model.") for k, v in load_state_dict(whole).items()}
+    checkpoint.save_safetensors(whole, trained, checkpoint.load_metadata(a))
+    merge.main(["extract", str(whole), str(alone)])
+    merge.main(["transfer", "--from-base", str(a), "--control", str(whole), "--to-base", str(b), str(out)])
+    left, right, got = load_state_dict(a), load_state_dict(b), load_state_dict(out)
+    for key, value in trained.items():
+        if key.startswith("control_model."):
+            twin = key.replace("control_model.", "model.diffusion_model.")
+            wanted = value + right[twin] - left[twin] if twin in left else value
+        else:
+            wanted = right[key]
+        assert torch.allclose(got[key], wanted, atol=1e-6), key
+    assert got.keys() == trained.keys()
+    merge.main(["transfer", "--from-base", str(a), "--control", str(alone), "--to-base", str(b), str(out), "--force"])
+    assert all(torch.allclose(v, got[k], atol=1e-6) for k, v in load_state_dict(out).items())
+    with pytest.raises(CheckpointError, match="no ControlNet in it"):
+        merge.main(["transfer", "--from-base", str(a), "--control", str(b), "--to-base", str(b), str(out), "--force"])
+
+
+def test_another_vae_the_moving_average_and_clip_skip(base, tmp_path):
+    state, b = load_state_dict(base), load_state_dict(other(base, tmp_path / "b.safetensors", 2))
+    bare = {k.removeprefix("first_stage_model."): v for k, v in b.items() if k.startswith("first_stage_model.")}
+    torch.save({"state_dict": bare}, tmp_path / "vae.ckpt")  # as vae-ft-mse-840000-ema-pruned.ckpt
+    model = ControlLDM.from_file(base, vae=tmp_path / "vae.ckpt")
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, (b if key.startswith("first_stage_model.") else state)[key])
+    narrow = {k: v[:1] for k, v in bare.items()}
+    torch.save(narrow, tmp_path / "narrow.pt")
+    with pytest.raises(CheckpointError, match="narrow.pt: a VAE of another shape"):
+        ControlLDM.from_file(base, vae=tmp_path / "narrow.pt")
+    with pytest.raises(CheckpointError, match="without a ControlNet; a ControlNet is needed"):
+        ControlLDM.from_file(base, control=base)
+
+    average = {
+        "model_ema." + k.removeprefix("model.").replace(".", ""): v for k, v in b.items() if k.startswith("model.")
+    }
+    with_ema = tmp_path / "ema.safetensors"
+    checkpoint.save_safetensors(with_ema, state | average, checkpoint.load_metadata(base))
+    plain, averaged = (ControlLDM.from_file(with_ema, ema=ema).unet.state_dict() for ema in (False, True))
+    assert all(torch.equal(v, state["model.diffusion_model." + k]) for k, v in plain.items())
+    assert all(torch.equal(v, b["model.diffusion_model." + k]) for k, v in averaged.items())
+    with pytest.raises(CheckpointError, match="no moving average"):
+        ControlLDM.from_file(base, ema=True)
+
+    skipping = ControlLDM.from_file(base, clip_skip=2)
+    assert len(skipping.text.text_model.encoder.layers) == TINY.text.layers - 1
+    full = ControlLDM.from_file(base)
+    del full.text.text_model.encoder.layers[-1]
+    assert torch.equal(skipping.encode_prompts("red"), full.encode_prompts("red"))
+    with pytest.raises(CheckpointError, match="--clip-skip is 3"):
+        ControlLDM.from_file(base, clip_skip=3)
+
+
+def test_unknown_keys_pass_through(base, tmp_path):
+    state = load_state_dict(base) | {"cond_stage_model.model.logit_scale": torch.tensor(4.6), "betas": torch.ones(3)}
+    odd, out = tmp_path / "odd.safetensors", tmp_path / "out.safetensors"
+    checkpoint.save_safetensors(odd, state, checkpoint.load_metadata(base))
+    merge.main([str(odd), str(out)])
+    assert all(torch.equal(load_state_dict(out)[k], v) for k, v in state.items())
+
+
+def unet(channels: int, context: int, inputs: int = 4) -> dict[str, torch.Tensor]:
+    """As much of a UNet as tells its family."""
+    return {
+        "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(channels, inputs, 3, 3),
+        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(1, context),
+    }
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        (unet(320, 768, 9), "9 input channels .inpainting has 9"),
+        (unet(128, 768), "128 channels with prompts of width 768; supported are SD 1.x"),
+        ({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 4, 3, 3)}, "SDXL"),
+        (unet(320, 768) | {"model.diffusion_model.label_emb.0.0.weight": torch.zeros(1)}, "SDXL"),
+        ({"conditioner.embedders.0.x": torch.zeros(1)}, "an SDXL model; a Stable Diffusion 1.x or 2.x"),
+        ({"lora_unet_down_blocks_0.lora_down.weight": torch.zeros(1)}, "a LoRA"),
+        ({"model.diffusion_model.double_blocks.0.x": torch.zeros(1)}, "a diffusion transformer"),
+        ({"encoder.down.0.block.0.norm1.weight": torch.zeros(1)}, "a VAE alone .--vae"),
+        ({"zero_convs.0.0.weight": torch.zeros(1), "input_hint_block.0.weight": torch.zeros(1)}, "a ControlNet alone"),
+        ({"text_model.embeddings.token_embedding.weight": torch.zeros(1, 1)}, "a text encoder alone"),
+        ({"x": torch.zeros(1)}, "no Stable Diffusion UNet in it .keys like .*, but x and others"),
+    ],
+)
+def test_what_cannot_be_used_is_named(state, says, tmp_path):
+    checkpoint.save_safetensors(tmp_path / "file.safetensors", state)
+    with pytest.raises(CheckpointError, match=f"file.safetensors: .*{says}"):
+        ControlLDM.from_file(tmp_path / "file.safetensors")
+
+
+def test_sd2_says_how_to_ask_for_v(tmp_path, capsys):
+    checkpoint.save_safetensors(tmp_path / "sd2.safetensors", unet(320, 1024))
+    assert read_model(tmp_path / "sd2.safetensors")[1].name == "sd21"
+    assert "--prediction v" in capsys.readouterr().out
+    assert read_model(tmp_path / "sd2.safetensors", prediction="v")[1].name == "sd21_v"
+    assert capsys.readouterr().out == ""
+    folder = tmp_path / "folder"  # a diffusers folder says which
+    for name in ("unet", "scheduler"):
+        (folder / name).mkdir(parents=True)
+    checkpoint.save_safetensors(folder / "unet" / "diffusion_pytorch_model.safetensors", unet(320, 1024))
+    checkpoint.save_json(folder / "scheduler" / "scheduler_config.json", {"prediction_type": "v_prediction"})
+    checkpoint.save_json(folder / "model_index.json", {})
+    assert read_model(folder)[1].name == "sd21_v" and capsys.readouterr().out == ""
+
+
+@pytest.fixture
+def run(base, folder, tmp_path):
+    """A run of two steps with the decoder unlocked."""
+    return train.train(
+        train.Config(
+            base=str(base),
+            data=str(folder),
+            out=str(tmp_path / "run"),
+            steps=2,
+            learning_rate=1e-3,
+            sd_locked=False,
+            cache_dir=str(tmp_path / "cache"),
+            logger_freq=0,
+            device="cpu",
+            workers=0,
+        )  # fmt: skip
+    )
+
+
+def test_a_run_is_exported_whole_and_extracted_with_a_warning(run, base, tmp_path, capsys):
+    trained = ControlLDM.from_file(run).state_dict()
+    for out in ("whole.safetensors", "whole.ckpt", "folder"):
+        merge.main(["export", str(run), str(tmp_path / out)])
+        assert all(torch.equal(v, trained[k]) for k, v in load_state_dict(tmp_path / out).items())
+    assert all(torch.equal(v, trained[k]) for k, v in ControlLDM.from_file(tmp_path / "folder").state_dict().items())
+    capsys.readouterr()
+    merge.main(["extract", str(run), str(tmp_path / "control.safetensors")])
+    assert "decoder" in capsys.readouterr().out
+    merge.main(["extract", str(run), str(tmp_path / "control"), "--format", "diffusers"])
+    control = {k: v for k, v in trained.items() if k.startswith("control_model.")}
+    assert all(torch.equal(v, gather(base, control=tmp_path / "control")[k]) for k, v in control.items())
+    merge.main(["extract", str(run), str(tmp_path / "d.safetensors"), "--difference", str(base)])
+    assert "difference" in load_state_dict(tmp_path / "d.safetensors")
+    with pytest.raises(CheckpointError, match="diffusers has none"):
+        merge.main(["extract", str(run), str(tmp_path / "d"), "--format", "diffusers", "--difference", str(base)])
+    merge.main(["info", str(run)])
+    said = capsys.readouterr().out
+    assert "step 2, 8 samples" in said and "learning_rate" in said and "ControlNet" in said
+    assert "missing" in said  # of the UNet only the decoder is in a run's checkpoint
+
+
+def test_training_goes_on_from_a_controlnet_alone(run, base, folder, tmp_path):
+    merge.main(["extract", str(run), str(tmp_path / "control.safetensors")])
+    again = train.train(
+        train.Config(
+            base=str(base),
+            data=str(folder),
+            out=str(tmp_path / "again"),
+            steps=1,
+            learning_rate=0.0,
+            control=str(tmp_path / "control.safetensors"),
+            vae=str(base),
+            cache_dir=str(tmp_path / "cache"),
+            logger_freq=0,
+            device="cpu",
+            workers=0,
+            weight_decay=0.0,
+        )  # fmt: skip
+    )
+    before, after = (load_state_dict(checkpoint.newest(r) / "trained.safetensors") for r in (run, again))
+    assert all(torch.equal(v, before[k]) for k, v in after.items()) and after.keys() < before.keys()
+    (tmp_path / "control.safetensors").unlink()  # the run is whole without it
+    ControlLDM.from_file(again)
+    assert json.loads((again / "config.json").read_text())["vae"] == str(base)
+    with pytest.raises(CheckpointError, match="a run has its own ControlNet"):
+        gather(again, control=base)

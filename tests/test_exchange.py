@@ -1,0 +1,168 @@
+"""Independent programs: diffusers and transformers read what we write, we read theirs, and both compute alike."""
+
+import dataclasses
+import os
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DISABLE_TELEMETRY": "1"}
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import checkpoint
+import merge
+import sampler
+from checkpoint import CheckpointError
+from clip_text import TextConfig, Tokenizer, clip_spelling, openclip_spelling
+from controlnet import SD15, SD21_V, TINY, ControlLDM, gather
+from tests.conftest import distance
+from unet import UNetConfig
+from vae import VAEConfig
+
+SMALL = dict(vae=VAEConfig(ch=32), hint_widths=(8, 8, 16, 16), resolution=64)
+V1 = dataclasses.replace(
+    SD15, **SMALL, name="small v1", unet=UNetConfig(model_channels=32, num_heads=4, context_dim=40),
+    text=TextConfig(width=40, layers=3, heads=4, mlp_width=80),
+)  # fmt: skip
+V2 = dataclasses.replace(
+    SD21_V, **SMALL, name="small v2",
+    unet=UNetConfig(
+        model_channels=32, num_heads=None, num_head_channels=16, context_dim=48, use_linear_in_transformer=True
+    ),
+    text=TextConfig(width=48, layers=4, heads=4, mlp_width=96, activation="gelu", penultimate=True),
+)  # fmt: skip
+HINT, PROMPT, NEGATIVE = torch.rand(1, 3, 64, 64), "a red  Circle, with café background", "blue"
+
+
+@pytest.fixture(scope="module", params=[V1, V2, TINY], ids=lambda config: config.name)
+def exported(request, tmp_path_factory):
+    """A model of random weights without zeros, its file, and its diffusers folder."""
+    folder = tmp_path_factory.mktemp("exchange")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = ControlLDM(request.param).eval().requires_grad_(False)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.05) if not p.any() else None
+    checkpoint.save_safetensors(folder / "model.safetensors", model.state_dict(), {"config": model.config.to_json()})
+    merge.main(["export", str(folder / "model.safetensors"), str(folder / "exported")])
+    return model, folder
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@torch.no_grad()
+def test_every_part_computes_alike(exported):
+    model, folder = exported
+    there = folder / "exported"
+    unet = diffusers.UNet2DConditionModel.from_pretrained(there / "unet").eval()
+    control = diffusers.ControlNetModel.from_pretrained(there / "controlnet").eval()
+    vae = diffusers.AutoencoderKL.from_pretrained(there / "vae").eval()
+    text = transformers.CLIPTextModel.from_pretrained(there / "text_encoder").eval()
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(there / "tokenizer")
+    ids = tokenizer([PROMPT, "", "many words " * 60], padding="max_length", truncation=True, return_tensors="pt")
+    assert torch.equal(ids.input_ids, model.tokenizer([PROMPT, "", "many words " * 60]))
+    context = model.encode_prompts([PROMPT])
+    assert distance(context, text(model.tokenizer(PROMPT)).last_hidden_state) < 4e-6
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor([321])
+    residuals = model.control_model(x, HINT, t, context)
+    down, mid = control(x, t, context, controlnet_cond=HINT, return_dict=False)
+    assert len(residuals) == len(down) + 1
+    assert max(distance(a, b) for a, b in zip(residuals, [*down, mid], strict=True)) < 4e-6
+    ours = model.unet(x, t, context, residuals)
+    theirs = unet(x, t, context, down_block_additional_residuals=down, mid_block_additional_residual=mid).sample
+    assert distance(ours, theirs) < 4e-6
+    image = torch.rand(1, 3, 64, 64) * 2 - 1
+    assert distance(model.vae.moments(image), vae.encode(image).latent_dist.parameters) < 2e-5
+    assert distance(model.vae.decode(x), vae.decode(x).sample) < 2e-5
+
+
+@torch.no_grad()
+def test_the_pipeline_draws_the_same_image(exported):
+    model, folder = exported
+    pipe = diffusers.StableDiffusionControlNetPipeline.from_pretrained(folder / "exported")
+    pipe.set_progress_bar_config(disable=True)
+    noise, _ = sampler.starting_noise((1, 4, 8, 8), seed=5)
+    theirs = pipe(
+        PROMPT, image=HINT, latents=noise, num_inference_steps=10, guidance_scale=4.0, negative_prompt=NEGATIVE,
+        output_type="np",
+    ).images[0]  # fmt: skip
+    context, negative = model.encode_prompts([PROMPT]), model.encode_prompts([NEGATIVE])
+    latents = sampler.sample(model, context, negative, HINT, (64, 64), 10, 4.0, seed=5)
+    ours = ((model.decode(latents)[0] + 1) / 2).permute(1, 2, 0).numpy()
+    assert ours.std() > 0.01 and np.abs(ours - theirs).max() < 1e-3
+
+
+def test_folders_in_all_their_forms_come_back_as_the_file(exported, tmp_path):
+    model, folder = exported
+    state = checkpoint.load_state_dict(folder / "model.safetensors")
+    assert equal(checkpoint.load_state_dict(folder / "exported"), state)
+    pipe = diffusers.StableDiffusionControlNetPipeline.from_pretrained(folder / "exported")
+    pipe.save_pretrained(tmp_path / "plain")
+    assert equal(checkpoint.load_state_dict(tmp_path / "plain"), state)
+    pipe.save_pretrained(tmp_path / "shards", max_shard_size="2MB", safe_serialization=False)
+    assert list((tmp_path / "shards" / "unet").glob("*-of-*.bin"))
+    assert equal(checkpoint.load_state_dict(tmp_path / "shards"), state)
+    pipe.unet.save_pretrained(tmp_path / "fp16" / "unet", max_shard_size="2MB", variant="fp16")
+    assert list((tmp_path / "fp16" / "unet").glob("*.fp16-*-of-*"))
+    unet = {k: v for k, v in state.items() if k.startswith("model.")}
+    assert equal(checkpoint.load_state_dict(tmp_path / "fp16" / "unet"), unet)
+    with pytest.raises(CheckpointError, match="without weights"):
+        checkpoint.load_state_dict(tmp_path / "fp16")
+
+
+def test_folder_becomes_a_model(exported):
+    model, folder = exported
+    again = ControlLDM.from_file(folder / "exported")
+    assert again.config == model.config and equal(again.state_dict(), model.state_dict())
+
+
+def test_controlnet_alone_in_three_forms(exported, tmp_path):
+    """Extracted for diffusers, extracted as a file, and saved by diffusers: each joins a base and is the ControlNet."""
+    model, folder = exported
+    source, base = str(folder / "model.safetensors"), tmp_path / "base.safetensors"
+    plain = {k: v for k, v in model.state_dict().items() if not k.startswith("control_model.")}
+    checkpoint.save_safetensors(base, plain, {"config": model.config.to_json()})
+    forms = [tmp_path / name for name in ("ours", "control.safetensors", "theirs", "difference.safetensors")]
+    merge.main(["extract", source, str(forms[0]), "--format", "diffusers"])
+    merge.main(["extract", source, str(forms[1])])
+    diffusers.ControlNetModel.from_pretrained(forms[0]).save_pretrained(forms[2])
+    merge.main(["extract", source, str(forms[3]), "--difference", source])
+    for form in forms[:3]:
+        assert equal(gather(base, control=form), model.state_dict())
+    state = checkpoint.load_state_dict(forms[3])
+    assert "difference" in state and state["control_model.zero_convs.0.0.weight"].any()
+    again = gather(base, control=forms[3])
+    assert again.keys() == model.state_dict().keys()
+    assert all(torch.allclose(v, again[k], atol=1e-6) for k, v in model.state_dict().items())
+    assert not torch.equal(state["control_model.time_embed.0.weight"], again["control_model.time_embed.0.weight"])
+    assert not equal(ControlLDM.from_file(base).state_dict(), model.state_dict())
+    with pytest.raises(CheckpointError, match="a ControlNet alone"):
+        ControlLDM.from_file(forms[2])
+
+
+def test_openclip_spelling_there_and_back():
+    state, layer = {}, [f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")]
+    for name in (*layer, "layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"):
+        state |= {f"text_model.encoder.layers.3.{name}.{k}": torch.randn(8) for k in ("weight", "bias")}
+    state |= {f"text_model.embeddings.{k}_embedding.weight": torch.randn(8) for k in ("token", "position")}
+    state |= {f"text_model.final_layer_norm.{k}": torch.randn(8) for k in ("weight", "bias")}
+    there = openclip_spelling(state)
+    assert "transformer.resblocks.3.attn.in_proj_weight" in there and len(there) == len(state) - 4
+    assert equal(clip_spelling(there), state)
+
+
+def test_tokenizer_files_of_both_paddings(tmp_path):
+    from clip_text import tokenizer_files
+
+    for pad in ("end", "zero"):
+        (tmp_path / pad).mkdir()
+        for name, text in tokenizer_files(pad).items():
+            (tmp_path / pad / name).write_text(text)
+        theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path / pad)
+        prompts = ["Two  WORDS", "it's 42 naïve £ 🙂", ""]
+        ids = theirs(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+        assert torch.equal(ids, Tokenizer(pad)(prompts))
