@@ -372,9 +372,10 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
 class Samples(torch.utils.data.Dataset):
     """Sample n of a run, n counting over all its steps, ranks and micro-batches.
 
-    Its item, timestep and noises depend on (seed, n) alone, so neither the split into batches nor an interruption
-    changes what sample n is. Each is a dict of CPU tensors: hint (C,H,W), noise and posterior (4,h,w), timestep (), and
-    `moments` (2z,h,w) and `context` (77,D) from what is computed once, or `image` (3,H,W) and `prompt` without that.
+    Its item, timestep, noises and whether its prompt is dropped (with probability `drop_prompt`) depend on (seed, n)
+    alone, so neither the split into batches nor an interruption changes what sample n is. Each is a dict of CPU
+    tensors: hint (C,H,W), noise and posterior (4,h,w), timestep (), and `moments` (2z,h,w) and `context` (77,D) from
+    what is computed once, or `image` (3,H,W) and `prompt` without that.
     """
 
     def __init__(
@@ -385,18 +386,19 @@ class Samples(torch.utils.data.Dataset):
         latent_shape: tuple[int, int, int],
         timestep_of: Callable[[float], int],
         frozen: "Frozen | None" = None,
+        drop_prompt: float = 0.0,
     ):
         self.triples, self.indices, self.seed, self.latent_shape = triples, list(indices), seed, latent_shape
-        self.timestep_of, self.frozen = timestep_of, frozen
+        self.timestep_of, self.frozen, self.drop_prompt = timestep_of, frozen, drop_prompt
 
     def index(self, n: int) -> int:
         """Which item of the data set sample n is: every epoch goes through all of them in an order of its own."""
         epoch, position = divmod(n, len(self.indices))
         return self.indices[_order(self.seed, epoch, len(self.indices))[position]]
 
-    def item(self, i: int) -> dict[str, Any]:
-        """The part of a sample that is not random."""
-        parts = self.triples.parts(i, image=self.frozen is None)
+    def item(self, i: int, dropped: bool = False) -> dict[str, Any]:
+        """The part of a sample that is not random, but for whether its prompt is `dropped` (empty instead)."""
+        parts = self.triples.parts(i, image=self.frozen is None) | ({"txt": ""} if dropped else {})
         hint = {"hint": to_tensor(parts["hint"])}
         if self.frozen is None:
             return hint | {"image": to_tensor(parts["jpg"]), "prompt": parts["txt"]}
@@ -405,11 +407,10 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, n: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(mix("sample", self.seed, n))
         u = torch.rand((), generator=generator, dtype=torch.float64).item()
-        return self.item(self.index(n)) | {
-            "timestep": torch.tensor(self.timestep_of(u)),
-            "noise": torch.randn(self.latent_shape, generator=generator),
-            "posterior": torch.randn(self.latent_shape, generator=generator),
-        }
+        noise, posterior = (torch.randn(self.latent_shape, generator=generator) for _ in range(2))
+        dropped = torch.rand((), generator=generator).item() < self.drop_prompt
+        fixed = self.item(self.index(n), dropped)
+        return fixed | {"timestep": torch.tensor(self.timestep_of(u)), "noise": noise, "posterior": posterior}
 
 
 def to_tensor(array: np.ndarray) -> Tensor:

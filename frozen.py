@@ -115,7 +115,7 @@ def fingerprint(module: nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:
     h = []
     for name, p in module.state_dict().items():
         if name.startswith(prefixes):
-            plain = p.detach().cpu().contiguous()
+            plain = p.detach().cpu().contiguous().reshape(-1)
             h.append(digest(plain.view(torch.uint8).numpy().tobytes(), str(p.dtype), tuple(p.shape)))
     return digest(*h, repr(module.config)).hex()[:16]
 
@@ -140,7 +140,7 @@ def freeze(model: ControlLDM, triples: Fill50K | Triples, root: str | Path, batc
     weights = fingerprint(vae, ("encoder.", "quant_conv."))
     latents = Cache(root / f"latents-{weights}", f"{width}x{height}", shape, dtype)
     latents.fill(keys, encode, batch, "latents")
-    unique = list(dict.fromkeys(prompts))
+    unique = list(dict.fromkeys(["", *prompts]))  # the empty one, for prompts that are dropped
     contexts = Cache(root / f"contexts-{fingerprint(text)}", "prompts", (77, model.config.text.width), dtype)
     encode_text = lambda positions: model.encode_prompts([unique[i] for i in positions])
     contexts.fill([digest(p) for p in unique], encode_text, 64, "prompts")

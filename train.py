@@ -80,10 +80,16 @@ class Config:
     lr_schedule: str = setting("constant", "optimisation", "of the learning rate after that", ("constant", "cosine"))
     weight_decay: float = setting(1e-2, "optimisation", "of AdamW")
     clip_grad_norm: float = setting(0.0, "optimisation", "largest norm of the gradient; 0 turns clipping off")
+    drop_prompt: float = setting(
+        0.0, "optimisation", "fraction of prompts that are emptied, so that the hint must do (the paper's 0.5)"
+    )
     timestep_bias: float = setting(
         1.0, "optimisation", "t = 1000 u^bias: below 1 more high-noise timesteps; 1 is uniform"
     )
     precision: str = setting("fp32", "optimisation", "of the computation; trained weights stay fp32", tuple(PRECISIONS))
+    channels_last: bool = setting(
+        False, "optimisation", "keep the channels of images and weights side by side in memory"
+    )
     seed: int = setting(0, "optimisation", "all randomness is a function of it and of the sample's number")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "optimisation", "where to compute")
 
@@ -236,7 +242,9 @@ def prepare(config: Config, model: ControlLDM, dataset: data.Fill50K | Sequence[
     factor = model.vae.factor
     shape = (model.config.unet.in_channels, size[1] // factor, size[0] // factor)
     timestep_of = TimestepOf(config.timestep_bias, model.config.timesteps)
-    return Prepared(data.Samples(triples, train, config.seed, shape, timestep_of, once), validation, uncond)
+    return Prepared(
+        data.Samples(triples, train, config.seed, shape, timestep_of, once, config.drop_prompt), validation, uncond
+    )
 
 
 @dataclass(frozen=True)
@@ -384,6 +392,8 @@ def assemble(
     for name, p in model.named_parameters():
         if not p.requires_grad and not name.startswith("control_model."):
             p.data = p.data.to(dtype)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(
         trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
@@ -577,6 +587,8 @@ def validate(config: Config) -> None:
     ):
         if getattr(config, name) < 1:
             raise CheckpointError(f"--{name.replace('_', '-')} is {getattr(config, name)}, should be 1 or more")
+    if not 0 <= config.drop_prompt <= 1:
+        raise CheckpointError(f"--drop-prompt is {config.drop_prompt}, should be 0 to 1")
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise CheckpointError(f"--device {config.device}: this PyTorch sees no GPU; --device cpu works, slowly")
 

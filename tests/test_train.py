@@ -11,6 +11,7 @@ import torch
 import checkpoint
 import circles
 import data
+import frozen
 import log
 import train
 from checkpoint import CheckpointError
@@ -51,7 +52,15 @@ def test_a_run_is_a_folder(config):
     assert json.loads((run / "config.json").read_text())["resolution"] == "32x32"
 
 
-@pytest.mark.parametrize("change", [{}, {"precision": "fp16", "sd_locked": False}, {"cache": False}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"precision": "fp16", "sd_locked": False},
+        {"cache": False, "drop_prompt": 0.5},
+        {"channels_last": True, "drop_prompt": 0.5},
+    ],
+)
 def test_resumed_equals_never_stopped(config, change, tmp_path):
     """Stopped after 3 of 8 steps, in the middle of an epoch of 22, and continued: the same bits."""
     config = dataclasses.replace(config, **change, logger_freq=2, steps=8, checkpoint_freq=3, keep_checkpoints=0)
@@ -207,6 +216,34 @@ def test_settings_that_shape_the_step(config, tmp_path):
     assert plain[3]["loss"] != run(clip_grad_norm=1e-6)[3]["loss"]
     assert plain[3]["loss"] != run(weight_decay=100.0)[3]["loss"]
     assert plain[0]["loss"] != run(resolution="64")[0]["loss"]
+    assert plain[0]["loss"] != run(drop_prompt=1.0)[0]["loss"]
+    last = [e["loss"] for e in run(channels_last=True)]
+    assert np.allclose(last, [e["loss"] for e in plain], rtol=1e-4)
+
+
+def test_channels_last_weights_lie_so(config):
+    model = ControlLDM.from_file(config.base, attach=True)
+    train.assemble(dataclasses.replace(config, channels_last=True), model)
+    assert model.unet.input_blocks[0][0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_dropped_prompts_are_the_empty_one(config, folder, tmp_path):
+    """Of many samples about a third has the empty prompt's context; the others are as without dropping."""
+    model = ControlLDM.from_file(config.base)
+    pairs = data.Fill50K(folder, (32, 32))
+    with torch.no_grad():
+        once = frozen.freeze(model, pairs, tmp_path, 8)
+        empty = model.encode_prompts("")[0]
+    make = lambda rate, kept: data.Samples(pairs, range(24), 0, (4, 4, 4), lambda u: int(1000 * u), kept, rate)
+    for kept, name, blank in ((once, "context", empty), (None, "prompt", "")):
+        same = lambda a, b: torch.allclose(a, b, atol=1e-5) if isinstance(a, torch.Tensor) else a == b
+        never, some = make(0.0, kept), make(0.3, kept)
+        dropped = [same(some[n][name], blank) for n in range(200)]
+        assert 30 < sum(dropped) < 90
+        for n in range(24):
+            assert torch.equal(never[n]["noise"], some[n]["noise"]) and (
+                dropped[n] or same(never[n][name], some[n][name])
+            )
 
 
 def test_sizes_that_the_unet_cannot_divide(config, tmp_path, capsys):
