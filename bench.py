@@ -37,7 +37,7 @@ def measure_step(config: train.Config, name: str, repeat: int) -> dict:
     """Seconds of `repeat` steps after one to warm up, and the peak memory (CPU: of this process; CUDA: allocated)."""
     torch.manual_seed(0)
     model = random_model(name, config.device)
-    assembled = train.assemble(config, model)
+    engine = train.assemble(config, model)
     unet, side = model.config.unet, int(config.resolution) // 8
     sample = {
         "moments": torch.randn(config.batch_size, 8, side, side),
@@ -50,7 +50,7 @@ def measure_step(config: train.Config, name: str, repeat: int) -> dict:
     batches, seconds = itertools.repeat(sample), []
     for _ in range(repeat + 1):
         start = time.perf_counter()
-        train.optimizer_step(config, model, *assembled, batches)  # ends by reading the loss: the device is done
+        engine.step(batches, config.learning_rate)  # ends by reading the loss: the device is done
         seconds.append(time.perf_counter() - start)
     cuda = config.device.startswith("cuda")
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

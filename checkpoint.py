@@ -12,6 +12,7 @@ loaded.
 """
 
 import json
+import math
 import mmap
 import os
 import pickle
@@ -151,7 +152,9 @@ class _Call:
 
 
 def _rebuild_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
-    """A view of a storage; torch refuses one that would reach past its end."""
+    """A view of a storage; torch refuses one that would reach past its end, and we one that repeats it."""
+    if math.prod(size) > storage.numel():
+        raise pickle.UnpicklingError("a tensor larger than its storage")
     return storage.as_strided(size, stride, offset)
 
 
@@ -187,6 +190,8 @@ STORAGES = {
 SAFETENSORS = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGES.values()}
 # Every name that a pickle may use, and the harmless thing that it gets. (`torch` names are added below.)
@@ -342,22 +347,28 @@ def write_safetensors(
     The format: 8 bytes with the length of a JSON header (types, shapes, places), the header, the bytes. The widest
     types come first, which keeps every tensor aligned.
     """
-    kind = lambda t: torch.float16 if half and t.is_floating_point() else t.dtype
-    order = sorted(tensors, key=lambda k: (-kind(tensors[k]).itemsize, k))
+    kinds = {k: halved(k, v) if half else v.dtype for k, v in tensors.items()}
+    order = sorted(tensors, key=lambda k: (-kinds[k].itemsize, k))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in order:
         t = tensors[name]
-        start, end = end, end + t.numel() * kind(t).itemsize
-        header[name] = {"dtype": SAFETENSORS[kind(t)], "shape": list(t.shape), "data_offsets": [start, end]}
+        start, end = end, end + t.numel() * kinds[name].itemsize
+        header[name] = {"dtype": SAFETENSORS[kinds[name]], "shape": list(t.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as f, _bar(path, end) as bar:
         f.write(struct.pack("<Q", len(text)) + text)
         for name in order:
-            t = tensors[name].detach().to("cpu", kind(tensors[name])).contiguous()
+            t = tensors[name].detach().to("cpu", kinds[name]).contiguous()
             f.write(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
             bar.update(t.nbytes)
+
+
+def halved(name: str, tensor: Tensor) -> torch.dtype:
+    """The type in which a file of fp16 holds a tensor: weights are halved, the schedule's buffers (top-level names, as
+    `alphas_cumprod`) and whole numbers are not."""
+    return torch.float16 if tensor.is_floating_point() and "." in name else tensor.dtype
 
 
 def save_pickle(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
@@ -424,11 +435,17 @@ def load_run(run: str | Path) -> dict[str, Any]:
 
 
 def newest(run: str | Path) -> Path:
-    """The newest whole checkpoint of a run."""
-    checkpoints = list_checkpoints(run)
-    if not checkpoints:
-        raise CheckpointError(f"{run}: no checkpoint in it")
-    return checkpoints[-1]
+    """The newest whole checkpoint of a run; one that is damaged is passed over, with a line that says so."""
+    for folder in reversed(list_checkpoints(run)):
+        try:
+            load_json(folder / "state.json")
+            for name in ("trained", "optimizer"):
+                with safetensors.safe_open(folder / f"{name}.safetensors", framework="pt"):
+                    pass  # opening compares the header with the file's length
+            return folder
+        except (CheckpointError, OSError, safetensors.SafetensorError) as e:
+            print(f"{folder}: damaged ({e}); going back to the one before")
+    raise CheckpointError(f"{run}: no whole checkpoint in it")
 
 
 def save_training(
@@ -440,8 +457,10 @@ def save_training(
     scaler: torch.amp.GradScaler,
     state: dict[str, Any],
     keep: int,
+    every: int = 0,
 ) -> Path:
-    """Write `checkpoints/step-XXXXXX` of a run, whole or not at all, then drop all but the newest `keep` (0: none).
+    """Write `checkpoints/step-XXXXXX` of a run, whole or not at all, then drop all but the newest `keep` (0: none) and
+    those of every `every` steps (0: none).
 
     `weights` go to `trained.safetensors`; the optimizer's state of `trained`, keyed by parameter name, to
     `optimizer.safetensors`; `state` (with `step`) and the scaler's to `state.json`.
@@ -459,7 +478,8 @@ def save_training(
         },
     )
     for old in list_checkpoints(run)[:-keep] if keep else ():
-        shutil.rmtree(old)
+        if not every or int(old.name.removeprefix("step-")) % every:
+            shutil.rmtree(old)
     return folder
 
 

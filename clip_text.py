@@ -234,6 +234,8 @@ def clip_spelling(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     out = {}
     for key, value in state_dict.items():
         key = key.removeprefix("cond_stage_model.").removeprefix("transformer.text_model.").removeprefix("model.")
+        if key.startswith("transformer.") and not key.startswith("transformer.resblocks."):
+            key = key.removeprefix("transformer.")  # as many merges of SD 1.x have it, without `text_model.`
         if key in OPENCLIP_TOP:
             out["text_model." + OPENCLIP_TOP[key]] = value
         elif key.startswith("transformer.resblocks."):

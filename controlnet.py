@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import checkpoint
 from checkpoint import CheckpointError
 from clip_text import CLIPTextModel, TextConfig, Tokenizer, clip_spelling
-from exchange import CONTROL, TEXT, UNET, VAE
+from exchange import CONTROL, DIFFERENCE, TEXT, UNET, VAE
 from unet import UNet, UNetConfig, UNetEncoder, zero_module
 from vae import AutoencoderKL, VAEConfig, sample_posterior
 
@@ -139,9 +139,14 @@ class ModelConfig:
         return cls(**tuples({k: parts[k](**tuples(v)) if k in parts else v for k, v in fields.items()}))
 
     @property
+    def vae_factor(self) -> int:
+        """How many pixels a latent is wide: 8 for Stable Diffusion."""
+        return 2 ** (len(self.vae.ch_mult) - 1)
+
+    @property
     def multiple(self) -> int:
         """What the sides of an image must be multiples of: 64 for Stable Diffusion."""
-        return 2 ** (len(self.vae.ch_mult) - 1) * 2 ** (len(self.unet.channel_mult) - 1)
+        return self.vae_factor * 2 ** (len(self.unet.channel_mult) - 1)
 
 
 _SD2 = dict(
@@ -175,7 +180,6 @@ SD15 = ModelConfig("sd15")
 SD21 = ModelConfig("sd21", **_SD2)
 SD21_V = ModelConfig("sd21_v", **_SD2, prediction="v", resolution=768)
 TINY = ModelConfig("tiny", **_TINY)
-PUBLISHED = ("sd15", "sd21", "sd21_v")  # whose shapes say which they are
 MODELS = {model.name: model for model in (SD15, SD21, SD21_V, TINY)}
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -190,7 +194,10 @@ def detect(path: str | Path, state: dict[str, Tensor], prefix: str = UNET) -> Mo
     """Which model a file holds: from its metadata (`config`, as this project writes it), otherwise from the shapes of
     its UNet (or, under the prefix CONTROL, of its ControlNet). CheckpointError says what is there instead."""
     if text := checkpoint.load_metadata(path).get("config"):
-        return ModelConfig.from_json(text)
+        try:
+            return ModelConfig.from_json(text)
+        except (TypeError, ValueError, KeyError, AttributeError):
+            pass  # another program's `config`
     first = state.get(prefix + "input_blocks.0.0.weight")
     if first is None:
         raise CheckpointError(f"{path}: {describe(state)}; a Stable Diffusion 1.x or 2.x model is needed here")
@@ -226,9 +233,9 @@ def describe(state: dict[str, Tensor]) -> str:
     if some("joint_blocks.", "double_blocks.", "transformer_blocks.0.attn.add_q_proj"):
         return "a diffusion transformer (as SD 3 and Flux are)"
     if some(CONTROL):
-        return "a ControlNet alone (--control takes it, beside a base model)"
+        return "a ControlNet alone, without a base model"
     if some(VAE):
-        return "a VAE alone (--vae takes it, beside a base model)"
+        return "a VAE alone"
     if some(TEXT):
         return "a text encoder alone"
     return f"no Stable Diffusion UNet in it (keys like {UNET}input_blocks.0.0.weight), but {min(state)} and others"
@@ -262,39 +269,57 @@ def gather(
         if not names or not state.keys() >= set(names.values()):
             raise CheckpointError(f"{path}: has no moving average of its UNet (model_ema.*); leave --ema out")
         state |= {k: state[name] for k, name in names.items()}
+    state = {k: v for k, v in state.items() if not k.startswith("model_ema.")}
     if control:
-        given = take(control, CONTROL, "a ControlNet")
+        given = take(control, CONTROL)
+        check_twins(control, given, path, state)
         difference = given.pop(DIFFERENCE, None) is not None
-        state = state | (add_encoder(given, state) if difference else given)
+        state |= add_encoder(given, state) if difference else given
     if vae:
-        given = take(vae, VAE, "a VAE")
+        given = take(vae, VAE)
         wrong = [k for k, v in given.items() if k in state and state[k].shape != v.shape]
         if wrong:
             raise CheckpointError(f"{vae}: a VAE of another shape than that of {path} ({wrong[0]})")
-        state = state | given
+        state |= given
     return state | trained
 
 
-def take(path: str | Path, prefix: str, what: str) -> dict[str, Tensor]:
-    """One part of a file (and the mark of differences, if it has that); CheckpointError where the part is not there."""
+VAE_PARTS = tuple(VAE + name for name in ("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))  # not its loss
+
+
+def take(path: str | Path, prefix: str) -> dict[str, Tensor]:
+    """The ControlNet (and the mark of differences, if it has that) or the VAE of a file, by prefix; CheckpointError
+    where it has none."""
     state = checkpoint.load_state_dict(path)
-    given = {k: v for k, v in state.items() if k.startswith(prefix) or k == DIFFERENCE}
-    if not given.keys() - {DIFFERENCE}:
-        raise CheckpointError(f"{path}: {describe(state)}; {what} is needed here")
-    return given
+    wanted = VAE_PARTS if prefix == VAE else prefix
+    given = {k: v for k, v in state.items() if k.startswith(wanted)}
+    if not given:
+        raise CheckpointError(f"{path}: {describe(state)}; a {'VAE' if prefix == VAE else 'ControlNet'} is needed here")
+    return given | {k: state[k] for k in (DIFFERENCE,) if k in state and prefix == CONTROL}
 
 
-DIFFERENCE = "difference"  # the tensor that marks a ControlNet's file as holding differences to the UNet
+def twin(key: str) -> str:
+    """Which weight of the UNet one of the ControlNet is a copy of (its own, as the zero convolutions, have none)."""
+    return UNET + key.removeprefix(CONTROL)
+
+
+def check_twins(path: str | Path, control: dict[str, Tensor], base: str | Path, state: dict[str, Tensor]) -> None:
+    """CheckpointError unless the ControlNet's copies have the shapes of the UNet in `state`."""
+    shared = [k for k in control if twin(k) in state]
+    wrong = [k for k in shared if control[k].shape != state[twin(k)].shape]
+    if wrong or not shared:
+        raise CheckpointError(
+            f"{path}: a ControlNet of another kind of model than {base} ({(wrong or list(control))[0]})"
+        )
 
 
 def add_encoder(control: dict[str, Tensor], state: dict[str, Tensor], sign: int = 1) -> dict[str, Tensor]:
     """Add the UNet's weights in `state` to (with sign -1: subtract them from) those of `control` that are copies of
-    them; its own, as the zero convolutions, stay."""
-    out = {}
-    for key, value in control.items():
-        twin = state.get(UNET + key.removeprefix(CONTROL))
-        out[key] = value if twin is None else (value.float() + sign * twin.float()).to(value.dtype)
-    return out
+    them (see `check_twins`)."""
+    return {
+        k: (v.float() + sign * state[twin(k)].float()).to(v.dtype) if twin(k) in state else v
+        for k, v in control.items()
+    }
 
 
 def read_model(
@@ -304,7 +329,7 @@ def read_model(
     vae: str | Path | None = None,
     ema: bool = False,
     prediction: str = "auto",
-    clip_skip: int = 1,
+    clip_skip: int | None = None,
 ) -> tuple[dict[str, Tensor], ModelConfig]:
     """A model's tensors, put together as `gather` does, and which model they are.
 
@@ -314,12 +339,14 @@ def read_model(
     path = Path(path)
     if checkpoint.is_run(path):
         run = checkpoint.load_run(path)
-        base, vae = base or run["base"], vae or run.get("vae")
-        ema, clip_skip = ema or run.get("ema", False), run.get("clip_skip", 1) if clip_skip == 1 else clip_skip
+        base, vae, ema = base or run["base"], vae or run.get("vae"), ema or run.get("ema", False)
+        clip_skip = run.get("clip_skip", 1) if clip_skip is None else clip_skip
         prediction = run.get("prediction", "auto") if prediction == "auto" else prediction
+    elif base:
+        raise CheckpointError(f"--base goes with the folder of a run; {path} is a whole model by itself")
     state = gather(path, base, control, vae, ema)
     source = Path(base) if checkpoint.is_run(path) else path
-    return state, configure(source, detect(source, state), prediction, clip_skip)
+    return state, configure(source, detect(source, state), prediction, clip_skip or 1)
 
 
 def configure(path: Path, config: ModelConfig, prediction: str, clip_skip: int) -> ModelConfig:
@@ -381,7 +408,7 @@ class ControlLDM(nn.Module):
     def from_file(
         cls, path: str | Path, attach: bool = False, hint_channels: int | None = None, prediction: str = "auto",
         seed: int = 0, base: str | Path | None = None, control: str | Path | None = None,
-        vae: str | Path | None = None, ema: bool = False, clip_skip: int = 1,
+        vae: str | Path | None = None, ema: bool = False, clip_skip: int | None = None,
     ) -> "ControlLDM":  # fmt: skip
         """Build the model that `path` holds, in float32, on the CPU.
 
@@ -437,7 +464,10 @@ class ControlLDM(nn.Module):
 
 def hint_widths(control: dict[str, Tensor]) -> tuple[int, ...]:
     """The widths of the hint encoder that a ControlNet's tensors (without their prefix) have."""
-    return tuple(control[f"input_hint_block.{i}.weight"].shape[0] for i in (0, 4, 8, 12))
+    try:
+        return tuple(control[f"input_hint_block.{i}.weight"].shape[0] for i in (0, 4, 8, 12))
+    except KeyError as e:
+        raise CheckpointError(f"a ControlNet without its hint encoder's {e.args[0]}") from e
 
 
 def load_part(path: Path, module: nn.Module, state: dict[str, Tensor], prefix: str) -> None:

@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -422,9 +423,14 @@ def batches(samples: Samples, start: int, stop: int, batch: int, workers: int = 
     """Samples start..stop-1 in order, `batch` at a time, collated; loaded ahead by `workers` processes."""
     loader = torch.utils.data.DataLoader(
         samples, batch_size=batch, sampler=range(start, stop), num_workers=workers, pin_memory=pin,
-        prefetch_factor=4 if workers else None, persistent_workers=False,
+        prefetch_factor=4 if workers else None, worker_init_fn=_ignore_interrupts if workers else None,
     )  # fmt: skip
     return iter(loader)
+
+
+def _ignore_interrupts(_: int) -> None:
+    """Ctrl-C reaches all processes; whether to stop is the main one's to decide."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # --------------------------------------------------------------------------------------------------------------- CLI

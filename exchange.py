@@ -150,8 +150,11 @@ def _text_to_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {TEXT + "transformer." + k: v for k, v in state.items()}
 
 
+DIFFERENCE = "difference"  # the tensor that marks a ControlNet's file as holding differences to the UNet
+
+
 def _prefixed(prefix: str) -> Any:
-    return lambda state: {prefix + k: v for k, v in state.items()}
+    return lambda state: {k if k == DIFFERENCE else prefix + k: v for k, v in state.items()}
 
 
 # A part is known by one of its keys. The first row that fits is taken; what fits none is original already.
@@ -184,13 +187,12 @@ def unet_levels(config: UNetConfig) -> tuple[int, int, set[int]]:
 
 
 def to_diffusers(part: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]:
-    """One part in original names, without its prefix -> diffusers' names. Raises ValueError for a key of no module."""
+    """One part in original names, without its prefix -> diffusers' names. What no module there has (as a VAE's loss) is
+    left out."""
     out = {}
     for key, value in part.items():
-        name = rename(key, table)
-        if name is None:
-            raise ValueError(f"{key}: diffusers has no name for it")
-        out[name] = value[:, :, 0, 0] if ".attn_1." in key and value.ndim == 4 else value
+        if name := rename(key, table):
+            out[name] = value[:, :, 0, 0] if ".attn_1." in key and value.ndim == 4 else value
     return out
 
 
@@ -201,13 +203,15 @@ def text_to_transformers(part: dict[str, Tensor], layers: int) -> dict[str, Tens
     return {k: v for k, v in clip_spelling(part).items() if k.removeprefix("text_model.").startswith(keep)}
 
 
-def unet_config(config: UNetConfig, upcast_attention: bool = False) -> dict[str, Any]:
-    """`unet/config.json`. (What diffusers calls the heads' dimension is, for these models, the number of heads.)"""
+def unet_config(config: UNetConfig, sample_size: int, upcast_attention: bool = False) -> dict[str, Any]:
+    """`unet/config.json`; `sample_size` is the side of the latents. (What diffusers calls the heads' dimension is, for
+    these models, the number of heads.) `upcast_attention`: in fp16, as SD 2.1 at 768 px needs it."""
     levels, blocks, attends = unet_levels(config)
     channels = [config.model_channels * m for m in config.channel_mult]
     kinds = lambda order, side: [("CrossAttn" if i in attends else "") + f"{side}Block2D" for i in order]
     return {
         "_class_name": "UNet2DConditionModel",
+        "sample_size": sample_size,
         "in_channels": config.in_channels,
         "out_channels": config.out_channels,
         "block_out_channels": channels,
@@ -229,8 +233,8 @@ def unet_config(config: UNetConfig, upcast_attention: bool = False) -> dict[str,
 
 def control_config(config: UNetConfig, hint_channels: int, hint_widths: tuple[int, ...]) -> dict[str, Any]:
     """`config.json` of a ControlNet's folder."""
-    drop = ("out_channels", "up_block_types")
-    return {k: v for k, v in unet_config(config).items() if k not in drop} | {
+    drop = ("sample_size", "out_channels", "up_block_types")
+    return {k: v for k, v in unet_config(config, 0).items() if k not in drop} | {
         "_class_name": "ControlNetModel",
         "conditioning_channels": hint_channels,
         "conditioning_embedding_out_channels": list(hint_widths),
@@ -238,11 +242,12 @@ def control_config(config: UNetConfig, hint_channels: int, hint_widths: tuple[in
     }
 
 
-def vae_config(config: VAEConfig, scale_factor: float) -> dict[str, Any]:
-    """`vae/config.json`."""
+def vae_config(config: VAEConfig, scale_factor: float, sample_size: int) -> dict[str, Any]:
+    """`vae/config.json`; `sample_size` is the side of the images."""
     levels = len(config.ch_mult)
     return {
         "_class_name": "AutoencoderKL",
+        "sample_size": sample_size,
         "in_channels": 3,
         "out_channels": 3,
         "latent_channels": config.z_channels,

@@ -90,6 +90,9 @@ class Cache:
         return torch.from_numpy(np.array(self._map[self.index[key]])).view(self.dtype).view(self.shape)
 
 
+VAE_ENCODER = ("encoder.", "quant_conv.")  # the part of the VAE that latents depend on
+
+
 @dataclass(frozen=True)
 class Frozen:
     """What was computed for a data set, by item."""
@@ -137,7 +140,7 @@ def freeze(model: ControlLDM, triples: Fill50K | Triples, root: str | Path, batc
         return vae.moments(images.to(model.device, dtype))
 
     shape = (2 * model.config.vae.z_channels, height // vae.factor, width // vae.factor)
-    weights = fingerprint(vae, ("encoder.", "quant_conv."))
+    weights = fingerprint(vae, VAE_ENCODER)
     latents = Cache(root / f"latents-{weights}", f"{width}x{height}", shape, dtype)
     latents.fill(keys, encode, batch, "latents")
     unique = list(dict.fromkeys(["", *prompts]))  # the empty one, for prompts that are dropped

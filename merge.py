@@ -9,8 +9,9 @@
 Attaching copies the UNet's encoder into a new ControlNet whose zero convolutions are zero: the result draws exactly
 what the input draws, and is where training starts. (`train.py --base` attaches by itself; a merged file is for other
 tools, and for looking at.) An input is a file or a diffusers folder, or, where a ControlNet is read, the folder of a
-run. Tensors pass through under their names; what a command does not know it leaves as it is. Files are mapped and
-written one tensor at a time, so models larger than the memory go through.
+run. Tensors pass through under their names; what a command does not know it leaves as it is, but for a UNet's moving
+average, which is left out (`--ema` takes it in place of the weights). Files are mapped, and safetensors written one
+tensor at a time: what only passes through takes no memory.
 """
 
 import argparse
@@ -27,12 +28,11 @@ from torch import Tensor
 
 import checkpoint
 import exchange
-from checkpoint import CheckpointError
+from checkpoint import CheckpointError, load_json
 from clip_text import clip_spelling, tokenizer_files
 from controlnet import (
     CONTROL,
     DIFFERENCE,
-    PUBLISHED,
     TEXT,
     UNET,
     VAE,
@@ -40,6 +40,7 @@ from controlnet import (
     ControlNet,
     ModelConfig,
     add_encoder,
+    check_twins,
     detect,
     gather,
     hint_widths,
@@ -47,6 +48,7 @@ from controlnet import (
     part,
     read_model,
     take,
+    twin,
 )  # fmt: skip
 
 PARTS = {"UNet": UNET, "ControlNet": CONTROL, "VAE": VAE, "text tower": TEXT}
@@ -59,6 +61,8 @@ def attach(
 ) -> tuple[State, list[str]]:
     """SD -> SD + ControlNet, and the names of the weights that are new (not copied)."""
     state = gather(source, vae=vae, ema=ema)
+    if hint_channels < 1:
+        raise CheckpointError(f"--hint-channels is {hint_channels}, should be 1 or more")
     if any(k.startswith(CONTROL) for k in state):
         raise CheckpointError(f"{source}: already has a ControlNet; extract takes it out")
     config = detect(source, state)
@@ -83,14 +87,13 @@ def extract(source: str) -> tuple[State, Path]:
                 f"note: {source} trained the UNet's decoder too ({decoder} tensors), so the ControlNet alone is not "
                 "the whole result; `merge.py export` writes all of it"
             )
-    return take(path, CONTROL, "a ControlNet"), path
+    return take(path, CONTROL), path
 
 
 def difference(control: State, base: str) -> State:
     """A ControlNet as what it has more than the UNet of `base`, in the form that Automatic1111 and ComfyUI read."""
     state = gather(base)
-    if not any(UNET + k.removeprefix(CONTROL) in state for k in control):
-        raise CheckpointError(f"{base}: no UNet in it that the ControlNet could be a copy of")
+    check_twins("the ControlNet", control, base, state)
     return add_encoder(control, state, sign=-1) | {DIFFERENCE: torch.ones(1)}
 
 
@@ -98,24 +101,29 @@ def transfer(from_base: str, control: str, to_base: str) -> State:
     """A ControlNet trained on one base, carried over to another: what the other has more than the first is added to the
     weights of ControlNet and UNet wherever both have them; VAE, text tower and the rest come from the other.
 
-    Follows the original's tool_transfer_control.py.
+    Follows the original's tool_transfer_control.py. Where nothing was trained the sum is the other's weight itself.
     """
-    a, b, trained = gather(from_base), gather(to_base), gather(control)
-    if not any(k.startswith(CONTROL) for k in trained):
+    run = checkpoint.load_run(control) if checkpoint.is_run(control) else {}
+    a, b = gather(from_base, ema=run.get("ema", False)), gather(to_base)
+    for path, state in ((from_base, a), (to_base, b)):
+        detect(path, state)
+    trained = gather(control, base=from_base, ema=run["ema"]) if run else checkpoint.load_state_dict(control)
+    steering = {k: v for k, v in trained.items() if k.startswith(CONTROL)}
+    if not steering:
         raise CheckpointError(f"{control}: no ControlNet in it")
-    if trained.pop(DIFFERENCE, None) is not None:
-        trained = add_encoder(trained, a)
-    if not any(k.startswith(UNET) for k in trained):  # a ControlNet alone
-        trained |= {k: v for k, v in a.items() if k.startswith(UNET)}
+    for path, state in ((from_base, a), (to_base, b)):
+        check_twins(control, steering, path, state)
+    if DIFFERENCE in trained:
+        steering = add_encoder(steering, a)
+    decoder = {k: v for k, v in trained.items() if k.startswith(UNET)}
     out = dict(b)
-    for key, value in trained.items():
-        if not key.startswith((UNET, CONTROL)):
-            continue
-        twin = UNET + key.removeprefix(CONTROL) if key.startswith(CONTROL) else key
-        if twin in a and twin in b:
-            if a[twin].shape != b[twin].shape:
-                raise CheckpointError(f"{to_base}: another kind of model than {from_base} ({twin} differs in shape)")
-            value = (value.float() + b[twin].float() - a[twin].float()).to(value.dtype)
+    for key, value in (decoder | steering).items():
+        origin = twin(key) if key.startswith(CONTROL) else key
+        if origin in a and origin in b:
+            if torch.equal(value, a[origin]):
+                value = b[origin]
+            elif not torch.equal(a[origin], b[origin]):
+                value = (value.float() + b[origin].float() - a[origin].float()).to(value.dtype)
         out[key] = value
     return out
 
@@ -136,14 +144,18 @@ def diffusers_folder(state: State, config: ModelConfig) -> dict[str, Any]:
     unet_table = exchange.unet_table(*exchange.unet_levels(config.unet))
     vae_table = exchange.vae_table(len(config.vae.ch_mult), config.vae.num_res_blocks)
     control = {k: v for k, v in state.items() if k.startswith(CONTROL)}
-    weights = "diffusion_pytorch_model.safetensors"
+    lacking = missing(state, config, whole=True)
+    if lacking:
+        raise CheckpointError(f"not a whole model: {lacking[0]}")
+    weights, side = "diffusion_pytorch_model.safetensors", config.resolution
+    upcast = config.unet.use_linear_in_transformer and config.prediction == "v"
     schedule = (config.linear_start, config.linear_end, config.timesteps, config.prediction)
     files = {
         "model_index.json": exchange.model_index(bool(control)),
         "scheduler/scheduler_config.json": exchange.scheduler_config(*schedule),
-        "unet/config.json": exchange.unet_config(config.unet),
+        "unet/config.json": exchange.unet_config(config.unet, side // config.vae_factor, upcast),
         f"unet/{weights}": exchange.to_diffusers(part(state, UNET), unet_table),
-        "vae/config.json": exchange.vae_config(config.vae, config.scale_factor),
+        "vae/config.json": exchange.vae_config(config.vae, config.scale_factor, side),
         f"vae/{weights}": exchange.to_diffusers(part(state, VAE), vae_table),
         "text_encoder/config.json": exchange.text_config(config.text),
         "text_encoder/model.safetensors": exchange.text_to_transformers(
@@ -177,37 +189,48 @@ def info(source: str) -> list[str]:
     lines += [count("other", rest)] if rest else []
     try:
         config = detect(path, state, UNET if part(state, UNET + "input_blocks.") else CONTROL)
-        lines += [f"{'model':11} {config.name}", *missing(state, config)]
+        name = "sd21, or sd21_v (which of the two no file can tell)" if config.name == "sd21" else config.name
+        lines += [f"{'model':11} {name}", *(f"{'missing':11} {line}" for line in missing(state, config))]
     except CheckpointError as e:
         lines.append(f"{'model':11} {str(e).removeprefix(f'{path}: ')}")
     return lines + [f"{k:11} {v}" for k, v in checkpoint.load_metadata(path).items()]
 
 
-def missing(state: State, config: ModelConfig) -> list[str]:
-    """A line for each part that is there, but not all of it."""
+def missing(state: State, config: ModelConfig, whole: bool = False) -> list[str]:
+    """A line for each part that is not all there; parts that are not there at all count if the model is to be `whole`
+    (but a ControlNet it need not have)."""
+    control = part(state, CONTROL)
+    channels = control["input_hint_block.0.weight"].shape[1] if "input_hint_block.0.weight" in control else 3
     with torch.device("meta"):
-        wanted, lines = ControlLDM(config).state_dict(), []
+        wanted, lines = ControlLDM(config, channels).state_dict(), []
     for name, prefix in PARTS.items():
         own, names = part(state, prefix), part(wanted, prefix)
         own, names = (clip_spelling(own), clip_spelling(names)) if prefix == TEXT else (own, names)
-        lacking = [k for k in names if k not in own]
-        if own and lacking:
-            lines.append(f"{'missing':11} {len(lacking)} of {len(names)} tensors of the {name}, as {lacking[0]}")
+        lacking = [k for k, v in names.items() if k not in own or own[k].shape != v.shape]
+        if lacking and (own or (whole and prefix != CONTROL)):
+            lines.append(f"{len(lacking)} of {len(names)} tensors of the {name} (or in another shape), as {lacking[0]}")
     return lines
 
 
 # ---------------------------------------------------------------------------------------------------------- the output
+FILES = (".safetensors", ".ckpt", ".pth", ".pt")
+
+
 def check_output(out: str, force: bool, folder: bool) -> None:
-    """Refuse, before the work, an output that cannot be written or that would replace something."""
+    """Refuse, before the work, an output that cannot be written or that would replace what is not ours to replace."""
     path = Path(out)
     if path.exists() and not force:
         raise CheckpointError(f"{out}: exists; --force replaces it")
     if path.exists() and path.is_dir() != folder:
         raise CheckpointError(f"{out}: is a {'folder' if path.is_dir() else 'file'}, the output is the other")
+    if path.is_dir() and any(path.iterdir()):
+        kind = path / "config.json"
+        if not (path / "model_index.json").exists() and not (kind.exists() and "_class_name" in load_json(kind)):
+            raise CheckpointError(f"{out}: a folder, but not of diffusers' kind; --force does not remove it")
     if not path.absolute().parent.is_dir():
         raise CheckpointError(f"{out}: no such folder {path.parent}")
-    if not folder and path.suffix not in (".safetensors", ".ckpt", ".pth", ".pt"):
-        raise CheckpointError(f"{out}: the output is a .safetensors file (or .ckpt)")
+    if folder == (path.suffix in FILES):
+        raise CheckpointError(f"{out}: the output is {'a folder' if folder else 'a .safetensors file (or .ckpt)'}")
 
 
 def save(out: str, state: State, metadata: Mapping[str, str], half: bool) -> None:
@@ -217,8 +240,8 @@ def save(out: str, state: State, metadata: Mapping[str, str], half: bool) -> Non
         checkpoint.save_safetensors(path, state, metadata, half)
     else:
         if "config" in metadata:
-            print(f"note: {out}: a .ckpt cannot say which shape this model has; to use it here, write .safetensors")
-        state = {k: v.half() if half and v.is_floating_point() else v for k, v in state.items()}
+            print(f"note: {out}: a .ckpt cannot say what the model is (v-prediction, clip-skip, a shape of its own)")
+        state = {k: v.to(checkpoint.halved(k, v)) for k, v in state.items()} if half else state
         checkpoint.save_pickle(path, state)
     print(f"{out}: {path.stat().st_size / 1e9:.2f} GB")
 
@@ -282,8 +305,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "info":
         print(*info(args.input), sep="\n")
         return
-    folder = getattr(args, "format", "") == "diffusers" or (args.command == "export" and not Path(args.output).suffix)
+    folder = args.command == "export" and Path(args.output).suffix not in FILES
+    folder = folder or getattr(args, "format", "") == "diffusers"
     check_output(args.output, args.force, folder)
+    inputs = [getattr(args, name, None) for name in ("input", "base", "from_base", "to_base", "control", "difference")]
+    if any(x and Path(x).resolve() == Path(args.output).resolve() for x in inputs):
+        raise CheckpointError(f"{args.output}: is an input; write to another place")
     if args.command == "attach":
         state, new = attach(args.input, args.hint_channels, args.seed, args.vae, args.ema)
         metadata = checkpoint.load_metadata(args.input)
@@ -293,7 +320,9 @@ def main(argv: list[str] | None = None) -> None:
     elif args.command == "extract":
         state, path = extract(args.input)
         metadata = checkpoint.load_metadata(path)
-        if folder and (args.difference or DIFFERENCE in state):
+        if DIFFERENCE in state and (folder or args.difference):
+            raise CheckpointError(f"{args.input}: holds differences already; merge.py export --control makes it whole")
+        if folder and args.difference:
             raise CheckpointError("differences are Automatic1111's and ComfyUI's form; diffusers has none")
         files = control_folder(state, detect(path, state, CONTROL)) if folder else {}
         state = difference(state, args.difference) if args.difference else state
@@ -302,7 +331,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         options = {k: getattr(args, k) for k in ("base", "control", "vae", "ema", "prediction")}
         state, config = read_model(args.input, **options)
-        metadata = {"config": config.to_json()} if config.name not in PUBLISHED else {}
+        metadata = {"config": config.to_json()}
         files = diffusers_folder(state, config) if folder else {}
     if folder:
         save_folder(args.output, files, metadata, args.half)
@@ -313,5 +342,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (CheckpointError, OSError) as e:
+    except (ValueError, OSError) as e:
         sys.exit(f"merge.py: {e}")

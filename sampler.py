@@ -241,7 +241,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--control", help="with a Stable Diffusion file: a ControlNet's file or folder to steer it with")
     add("--vae", help="a VAE's file or folder to take for the model's")
     add("--ema", action="store_true", help="take the UNet's moving average (model_ema.*) for its weights")
-    add("--clip-skip", type=int, default=1, help="2 leaves out the text tower's last layer, as some SD 1.x models want")
+    add("--clip-skip", type=int, help="2 leaves out the text tower's last layer, as some SD 1.x models want")
     add("--prompt", required=True, help="what to draw")
     add("--negative-prompt", default="", help="what guidance leads away from")
     add("--hint", help="the hint image (.png, .jpg, ...; .npy for other than 1, 3 or 4 channels); none: no control")
@@ -275,8 +275,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     run = checkpoint.load_run(args.model) if checkpoint.is_run(args.model) else {}
-    if args.base and not run:
-        raise CheckpointError(f"--base goes with the folder of a run; {args.model} is a whole model by itself")
     model = ControlLDM.from_file(
         args.model, prediction=args.prediction, base=args.base, control=args.control, vae=args.vae, ema=args.ema,
         clip_skip=args.clip_skip,

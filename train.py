@@ -10,17 +10,18 @@ UNet says with the noise. Whatever is frozen is computed once (`frozen.py`); wha
 `metrics.jsonl`, `curves.png`, `image_log/`, `checkpoints/`. Follows Zhang et al. 2023 (arXiv:2302.05543).
 """
 
-import argparse
 import dataclasses
 import json
 import math
 import os
 import shlex
 import shutil
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,115 +38,8 @@ import frozen
 import log
 import sampler
 from checkpoint import CheckpointError
+from config import DEMO, Config, parse, validate
 from controlnet import PRECISIONS, ControlLDM
-
-TINY_BASE = Path(__file__).parent / "models" / "tiny_sd.safetensors"
-
-
-# ----------------------------------------------------------------------------------------------------- configuration
-def setting(default: Any, group: str, text: str, choices: Sequence[str] | None = None) -> Any:
-    return field(default=default, metadata={"group": group, "help": text, "choices": choices})
-
-
-@dataclass
-class Config:
-    """Every setting of a run; each is a flag of the same name. Defaults are the ControlNet tutorial's."""
-
-    base: str = setting("", "what to train", "Stable Diffusion file to attach a ControlNet to (or one that has it)")
-    data: str = setting("", "what to train", "folder with prompt.json, source/ and target/ (Fill50K's layout)")
-    out: str = setting("", "what to train", "the run's folder (default: runs/ and the data folder's name)")
-    resolution: str = setting("", "what to train", "size of the images, N or WxH (default: the first target's)")
-    hint_channels: int = setting(3, "what to train", "channels of the hint images: 1, 3, 4; others from .npy files")
-    hint_resample: str = setting(
-        "area", "what to train", "how hints are resized; nearest is for label maps", ("area", "nearest")
-    )
-    prediction: str = setting(
-        "auto", "what to train", "v for SD 2.1 at 768 px, which its file cannot tell", ("auto", "eps", "v")
-    )
-    control: str = setting("", "what to train", "a ControlNet's file or folder to go on from (default: a new one)")
-    vae: str = setting("", "what to train", "a VAE's file or folder to take for the base's")
-    ema: bool = setting(False, "what to train", "take the base UNet's moving average (model_ema.*) for its weights")
-    clip_skip: int = setting(1, "what to train", "2 leaves out the text tower's last layer, as some SD 1.x models want")
-
-    sd_locked: bool = setting(True, "what is trained", "off: the UNet's decoder trains too; use a rate of 2e-6 then")
-    only_mid_control: bool = setting(False, "what is trained", "steer through the middle block alone: fast, weak")
-
-    steps: int = setting(10_000, "optimisation", "optimizer steps in all")
-    batch_size: int = setting(4, "optimisation", "samples that are computed at once (a micro-batch)")
-    accumulate_grad_batches: int = setting(
-        1, "optimisation", "micro-batches a step: 4 of them are a batch 4 times as large"
-    )
-    learning_rate: float = setting(1e-5, "optimisation", "of AdamW")
-    warmup_steps: int = setting(0, "optimisation", "steps over which the learning rate rises from 0")
-    lr_schedule: str = setting("constant", "optimisation", "of the learning rate after that", ("constant", "cosine"))
-    weight_decay: float = setting(1e-2, "optimisation", "of AdamW")
-    clip_grad_norm: float = setting(0.0, "optimisation", "largest norm of the gradient; 0 turns clipping off")
-    drop_prompt: float = setting(
-        0.0, "optimisation", "fraction of prompts that are emptied, so that the hint must do (the paper's 0.5)"
-    )
-    timestep_bias: float = setting(
-        1.0, "optimisation", "t = 1000 u^bias: below 1 more high-noise timesteps; 1 is uniform"
-    )
-    precision: str = setting("fp32", "optimisation", "of the computation; trained weights stay fp32", tuple(PRECISIONS))
-    channels_last: bool = setting(
-        False, "optimisation", "keep the channels of images and weights side by side in memory"
-    )
-    seed: int = setting(0, "optimisation", "all randomness is a function of it and of the sample's number")
-    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "optimisation", "where to compute")
-
-    cache: bool = setting(True, "frozen work", "compute the VAE's and text tower's outputs once; off: at every step")
-    cache_dir: str = setting("data/.cache", "frozen work", "where they are kept; runs share them")
-    encode_batch_size: int = setting(8, "frozen work", "images that the VAE encodes at once")
-    workers: int = setting(
-        2 if torch.cuda.is_available() else 0, "frozen work", "processes that load samples ahead; 0: none"
-    )
-
-    logger_freq: int = setting(
-        300, "watching", "steps between image logs and measurements of the control gain; 0: never"
-    )
-    checkpoint_freq: int = setting(1000, "watching", "steps between checkpoints (there is always one at the end)")
-    keep_checkpoints: int = setting(2, "watching", "how many of the newest are kept; 0: all")
-    validation: int = setting(8, "watching", "samples held out to watch (of small data sets a tenth, at least 2)")
-    log_images: int = setting(4, "watching", "of these, how many are drawn in the image log")
-    log_steps: int = setting(50, "watching", "denoising steps of the image log")
-    guidance: float = setting(0.0, "watching", "guidance scale of the image log; 0: what suits the model (9 for SD)")
-
-    @property
-    def batch(self) -> int:
-        """Samples a step."""
-        return self.batch_size * self.accumulate_grad_batches
-
-
-# What `python train.py` alone does.
-DEMO = dict(
-    base=str(TINY_BASE),
-    data="data/circles",
-    out="runs/demo",
-    steps=500,
-    batch_size=16,
-    learning_rate=2.5e-3,
-    warmup_steps=20,
-    lr_schedule="cosine",
-    timestep_bias=0.6,
-    weight_decay=0.0,
-    clip_grad_norm=1.0,
-    logger_freq=50,
-    log_steps=20,
-    validation=16,
-)
-# `base` and `data` may be other paths on resume, to the same weights and the same rows.
-FIXED_ON_RESUME = (
-    "resolution",
-    "hint_channels",
-    "hint_resample",
-    "prediction",
-    "control",
-    "vae",
-    "ema",
-    "clip_skip",
-    "seed",
-    "validation",
-)
 
 
 # -------------------------------------------------------------------------------------------------------------- loss
@@ -342,52 +236,48 @@ class Watch:
         model.vae.to(home)
 
 
-# ------------------------------------------------------------------------------------------------------- checkpoints
-def save(
-    run: Path, config: Config, model: ControlLDM, trained: dict, optimizer: Any, scaler: Any, state: dict[str, Any]
-) -> Path:
-    """Write the checkpoint of a step: all of the ControlNet (also what does not train in this mode), and the decoder if
-    it trains."""
-    weights = {k: v for k, v in model.state_dict().items() if k.startswith("control_model.")} | trained
-    metadata = {"config": model.config.to_json(), "step": str(state["step"]), "sd_locked": json.dumps(config.sd_locked)}
-    state = state | {"config": dataclasses.asdict(config)}
-    return checkpoint.save_training(run, weights, metadata, trained, optimizer, scaler, state, config.keep_checkpoints)
+# ---------------------------------------------------------------------------------------------------------- one step
+@dataclass
+class Engine:
+    """What a step needs: the model, which of its parameters train, and what moves them."""
+
+    config: Config
+    model: ControlLDM
+    trained: dict[str, torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    autocast: torch.autocast
+
+    def step(
+        self, batches: Iterator[dict[str, Any]], rate: float, stop: Callable[[], bool] = lambda: False
+    ) -> tuple[float, float] | None:
+        """One step at learning rate `rate` on `accumulate_grad_batches` of `batches`: mean loss of the samples, norm of
+        the gradient. With a loss or gradient that is not finite the weights stay. None, with no trace, if `stop()`."""
+        config, total = self.config, torch.zeros((), device=self.config.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        for _ in range(config.accumulate_grad_batches):
+            batch = to_device(self.model, next(batches), config.device)
+            with self.autocast:
+                losses = diffusion_loss(self.model, *batch, config.only_mid_control)
+            loss = losses.sum() / config.batch
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+            if stop():
+                self.optimizer.zero_grad(set_to_none=True)
+                return None
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), config.clip_grad_norm or math.inf)
+        if self.scaler.is_enabled() or math.isfinite(total.item() + norm.item()):
+            self.scaler.step(self.optimizer)  # an enabled scaler looks for infinities itself, and lowers its scale
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total.item(), norm.item()
 
 
-# ---------------------------------------------------------------------------------------------------------- the loop
-def optimizer_step(
-    config: Config,
-    model: ControlLDM,
-    trained: dict[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    autocast: torch.autocast,
-    batches: Iterator[dict[str, Any]],
-) -> tuple[float, float]:
-    """One step on `accumulate_grad_batches` of `batches`: (mean loss of the samples, norm of the gradient)."""
-    total = torch.zeros((), device=config.device)
-    for _ in range(config.accumulate_grad_batches):
-        batch = to_device(model, next(batches), config.device)
-        with autocast:
-            losses = diffusion_loss(model, *batch, config.only_mid_control)
-        loss = losses.sum() / config.batch
-        scaler.scale(loss).backward()
-        total += loss.detach()
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(trained.values(), config.clip_grad_norm or math.inf)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return total.item(), norm.item()
-
-
-def assemble(
-    config: Config, model: ControlLDM
-) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer, torch.amp.GradScaler, torch.autocast]:
-    """What trains, its optimizer, the gradient scaler and the autocast of `config`; frozen weights change precision.
-
-    Frozen weights live in the precision that they are used in; trained ones stay fp32 under autocast.
-    """
+def assemble(config: Config, model: ControlLDM) -> Engine:
+    """Make `model` ready to train as `config` says. Frozen weights live in the precision that they are used in; trained
+    ones stay fp32 under autocast."""
     trained, dtype, kind = choose_trained(model, config), PRECISIONS[config.precision], torch.device(config.device).type
     for name, p in model.named_parameters():
         if not p.requires_grad and not name.startswith("control_model."):
@@ -398,7 +288,75 @@ def assemble(
         trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
     scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
-    return trained, optimizer, scaler, torch.autocast(kind, dtype, enabled=dtype != torch.float32)
+    return Engine(
+        config, model, trained, optimizer, scaler, torch.autocast(kind, dtype, enabled=dtype != torch.float32)
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- interruption
+class Interruption:
+    """While it is entered, Ctrl-C and SIGTERM ask the loop to end in order; a second Ctrl-C ends it at once."""
+
+    def __init__(self):
+        self.asked, self.before = False, {}
+
+    def __enter__(self) -> "Interruption":
+        if threading.current_thread() is threading.main_thread():
+            self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _: Any) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+# ---------------------------------------------------------------------------------------------------------- the loop
+def load(config: Config, resume: Path | None) -> ControlLDM:
+    """The model that `config` describes, with a ControlNet; of a run to resume, with its newest weights."""
+    return ControlLDM.from_file(
+        resume or config.base, attach=True, hint_channels=config.hint_channels, prediction=config.prediction,
+        seed=config.seed, base=config.base if resume else None, control=None if resume else config.control,
+        vae=config.vae, ema=config.ema, clip_skip=config.clip_skip,
+    ).to(config.device)  # fmt: skip
+
+
+def restore(engine: Engine, folder: Path, origin: dict[str, str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Bring `engine` to the checkpoint `folder`: its state, and the weights that were trained once and are locked now.
+
+    Raises CheckpointError when base or data are not those that the run began with.
+    """
+    config, trained = engine.config, engine.trained
+    state = checkpoint.restore_training(folder, trained, engine.optimizer, engine.scaler)
+    for name, path in (("base", config.base), ("vae", config.vae or config.base), ("data", config.data)):
+        if state.get(name, origin[name]) != origin[name]:
+            raise CheckpointError(f"{path}: not the {name} that {folder} was trained on (its content is another)")
+    if state["step"] >= config.steps:
+        raise CheckpointError(f"{folder}: is at step {state['step']}; --steps {config.steps} asks for no more")
+    before = checkpoint.load_state_dict(folder / "trained.safetensors")
+    return state, {k: v for k, v in before.items() if k not in trained}
+
+
+def save(run: Path, engine: Engine, carried: dict[str, Tensor], state: dict[str, Any]) -> bool:
+    """Write the checkpoint of `state["step"]`: all of the ControlNet (also what does not train in this mode), the
+    decoder if it trains, and `carried`. False, with a line, if the disk does not take it; older ones stay."""
+    config, model = engine.config, engine.model
+    weights = {k: v for k, v in model.state_dict().items() if k.startswith("control_model.")} | carried | engine.trained
+    metadata = {"config": model.config.to_json(), "step": str(state["step"]), "sd_locked": json.dumps(config.sd_locked)}
+    state = state | {"config": dataclasses.asdict(config)}
+    try:
+        checkpoint.save_training(
+            run, weights, metadata, engine.trained, engine.optimizer, engine.scaler, state, config.keep_checkpoints,
+            config.keep_every,
+        )  # fmt: skip
+    except OSError as e:
+        tqdm.write(f"step {state['step']}: the checkpoint could not be written ({e}); older ones stay")
+        return False
+    return True
 
 
 def train(
@@ -411,8 +369,8 @@ def train(
 
     `dataset`: any array-like of dict(jpg (H,W,3) float32 in [-1,1], txt, hint (H,W,C) float32 in [0,1]), instead of the
     folder `config.data`. `resume`: a run's folder to go on with; it is then also where the results go. `overwrite`:
-    start anew in a folder that holds a run. Raises CheckpointError or DataError, one line each, for what cannot be
-    trained on.
+    start anew in a folder that holds a run. Ctrl-C or SIGTERM end it early, with a checkpoint. Raises CheckpointError
+    or DataError, one line each, for what cannot be trained on.
     """
     config = dataclasses.replace(config)  # what is found out goes into the run's copy
     validate(config)
@@ -429,34 +387,18 @@ def train(
                 f"{run} was trained on a data set of your own: train.train(config, dataset, resume=run)"
             )
         dataset = data.Fill50K(config.data, None, config.hint_channels, config.hint_resample)
-    model = ControlLDM.from_file(
-        run if resume else config.base,
-        attach=True,
-        hint_channels=config.hint_channels,
-        prediction=config.prediction,
-        seed=config.seed,
-        base=config.base,
-        control=None if resume else config.control,
-        vae=config.vae,
-        ema=config.ema,
-        clip_skip=config.clip_skip,
-    ).to(config.device)
+    model = load(config, run if resume else None)
     config.prediction = model.config.prediction
-    origin = {"base": frozen.fingerprint(model.unet, ("input_blocks.",)), "data": getattr(dataset, "fingerprint", "")}
-    trained, optimizer, scaler, autocast = assemble(config, model)
-    state, carried = {"step": 0, "samples": 0} | origin, {}
-    if folder:
-        state = checkpoint.restore_training(folder, trained, optimizer, scaler)
-        for name, path in (("base", config.base), ("data", config.data)):
-            if state.get(name, origin[name]) != origin[name]:
-                raise CheckpointError(f"{path}: not the {name} that {run} was trained on (its content is another)")
-        before = checkpoint.load_state_dict(folder / "trained.safetensors")
-        carried = {k: v for k, v in before.items() if k not in trained}  # trained once and locked now: still part of it
-    if state["step"] >= config.steps:
-        raise CheckpointError(f"{run}: is at step {state['step']} already; --steps {config.steps} asks for no more")
-
+    origin = {
+        "base": frozen.fingerprint(model.unet, ("input_blocks.",)),
+        "vae": frozen.fingerprint(model.vae, frozen.VAE_ENCODER),
+        "data": getattr(dataset, "fingerprint", ""),
+    }
+    engine = assemble(config, model)
+    state, carried = restore(engine, folder, origin) if folder else ({"step": 0, "samples": 0}, {})
     prepared = prepare(config, model, dataset)
-    watch = Watch(config, model, prepared, autocast)
+    watch = Watch(config, model, prepared, engine.autocast)
+
     run.mkdir(parents=True, exist_ok=True)
     if not resume:  # what a run that was stopped before its first checkpoint, or is to be overwritten, left
         for leftover in ("checkpoints", "image_log"):
@@ -464,30 +406,40 @@ def train(
     checkpoint.save_json(run / "config.json", dataclasses.asdict(config))
     metrics = log.Metrics(run, state["step"])
     meter = log.Meter(run, metrics, config.logger_freq, watch.losses, watch.draw)
-    consumed, total = state["samples"], (config.steps - state["step"]) * config.batch
-    loader = data.batches(
-        prepared.samples, consumed, consumed + total, config.batch_size, config.workers, "cuda" in config.device
-    )
-    announce(config, model, trained, prepared, state["step"])
+    first, consumed, saved, skipped = state["step"], state["samples"], state["step"], 0
+    last = consumed + (config.steps - first) * config.batch
+    loader = data.batches(prepared.samples, consumed, last, config.batch_size, config.workers, "cuda" in config.device)
+    announce(config, model, engine.trained, prepared, first)
 
-    with tqdm(total=config.steps, initial=state["step"], desc="training", unit="step", disable=None) as bar:
-        for step in range(state["step"], config.steps):
+    bar = tqdm(total=config.steps, initial=first, desc="training", unit="step", disable=None)
+    with Interruption() as interruption, bar:
+        for step in range(first, config.steps):
             meter.measure(step)
             start = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step)
-            loss, norm = optimizer_step(config, model, trained, optimizer, scaler, autocast, loader)
-            values = {"loss": loss, "grad_norm": norm, "learning_rate": learning_rate(config, step)}
-            rate = config.batch / (time.perf_counter() - start)
-            metrics.add(step + 1, **values, images_per_second=round(rate, 4))
-            bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.1f} images/s{meter.last}")
-            bar.update()
+            rate = learning_rate(config, step)
+            result = None if interruption.asked else engine.step(loader, rate, lambda: interruption.asked)
+            if result is None:
+                break
+            loss, norm = result
             consumed += config.batch
-            if (step + 1) % config.checkpoint_freq == 0 or step + 1 == config.steps:
-                state = origin | {"step": step + 1, "samples": consumed}
-                folder = save(run, config, model, trained | carried, optimizer, scaler, state)
-    meter.measure(config.steps, last=True)
-    report(run, folder, metrics, prepared)
+            speed = config.batch / (time.perf_counter() - start)
+            metrics.add(step + 1, loss=loss, grad_norm=norm, learning_rate=rate, images_per_second=round(speed, 4))
+            skipped = 0 if math.isfinite(loss + norm) else skipped + 1
+            if skipped > config.max_skipped:
+                raise CheckpointError(
+                    f"{run}: {skipped} steps in a row had a loss or gradient that is not finite (now step {step + 1}); "
+                    f"the last checkpoint is of step {saved}; a lower --learning-rate or --precision fp32 may help"
+                )
+            bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} images/s{meter.last}")
+            bar.update()
+            state = origin | {"step": step + 1, "samples": consumed}
+            if (step + 1) % config.checkpoint_freq == 0 and save(run, engine, carried, state):
+                saved = step + 1
+        if state["step"] > saved and save(run, engine, carried, state):  # at the end, or where it was asked to stop
+            saved = state["step"]
+        if state["step"] == config.steps:
+            meter.measure(config.steps, last=True)
+    report(run, saved, metrics, prepared, config.steps)
     return run
 
 
@@ -502,110 +454,38 @@ def announce(config: Config, model: ControlLDM, trained: dict, prepared: Prepare
     )
 
 
-def report(run: Path, folder: Path, metrics: log.Metrics, prepared: Prepared) -> None:
-    """What came of it, where it is, and how to draw with it."""
+def report(run: Path, saved: int, metrics: log.Metrics, prepared: Prepared, wanted: int) -> None:
+    """What came of it, where it is, and how to go on or draw with it."""
     steps, gains = metrics.series("control_gain")
     at = log.sudden_convergence(steps, gains)
     if at is not None:
         print(f"sudden convergence at step {at}; control gain now {gains[-1]:.3f}")
     elif gains:
         print(f"the hint is not obeyed yet (control gain {gains[-1]:.3f}); Stable Diffusion takes 3000 to 7000 steps")
+    python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else "python"
+    if saved == 0:
+        print(f"stopped before the first checkpoint: nothing to go on with in {run}")
+        return
+    if saved < wanted:
+        print(f"stopped at step {saved} of {wanted}; this goes on: {python} train.py --resume {shlex.quote(str(run))}")
+        return
     samples, shown = prepared.samples, prepared.validation[0]
     hint = data.save_hint(run / "hint", samples.triples.hint(shown))
-    python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else "python"
     draw = [python, "sampler.py", "--model", str(run), "--hint", str(hint)]
     draw += ["--prompt", samples.triples.prompt(shown), "--out", "samples"]
     print(
         f"pictures:  {run / 'image_log'}, {run / 'curves.png'}\n"
-        f"trained:   {folder / 'trained.safetensors'}\n"
+        f"trained:   {checkpoint.newest(run) / 'trained.safetensors'}\n"
         f"draw:      {shlex.join(draw)}"
     )
 
 
 # --------------------------------------------------------------------------------------------------------------- CLI
-def parse(argv: list[str] | None) -> tuple[Config, str | None, bool]:
-    """Flags -> configuration, the run to resume if any, whether to overwrite one.
-
-    Later wins: defaults, demo or resumed run, flags.
-    """
-    parser = argparse.ArgumentParser(
-        description="Train a ControlNet. Without --base and --data: the demo, circles on the tiny base.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("--resume", metavar="RUN", help="folder of a run to go on with")
-    parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
-    groups = {}
-    for f in dataclasses.fields(Config):
-        name, text = f.metadata["group"], f.metadata["help"]
-        group = groups.setdefault(name, parser.add_argument_group(name))
-        default = f" (default: {f.default})" if f.default != "" else ""
-        flag = "--" + f.name.replace("_", "-")
-        if f.type is bool or f.type == "bool":
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text + default)
-        else:
-            kind = {"int": int, "float": float, "str": str}[f.type if isinstance(f.type, str) else f.type.__name__]
-            group.add_argument(flag, type=kind, choices=f.metadata["choices"], help=text + default)
-    given = vars(parser.parse_args(argv))
-    resume, overwrite = given.pop("resume", None), given.pop("overwrite", False)
-    if resume:
-        if overwrite or "out" in given:
-            raise CheckpointError("--resume goes on in the run's own folder: no --out, no --overwrite")
-        settings = {k: v for k, v in checkpoint.load_run(resume).items() if k in Config.__dataclass_fields__}
-        plain = lambda k, v: data.parse_resolution(v) if k == "resolution" else v
-        changed = [k for k in FIXED_ON_RESUME if k in given and plain(k, given[k]) != plain(k, settings[k])]
-        if changed:
-            raise CheckpointError(
-                f"{resume}: --{changed[0].replace('_', '-')} cannot change on resume; it was {settings[changed[0]]!r}"
-            )
-    elif "base" not in given and "data" not in given:
-        settings = dict(DEMO)
-    elif "base" in given and "data" in given:
-        settings = {"out": f"runs/{Path(given['data']).resolve().name}"}
-    else:
-        raise CheckpointError(
-            "give --base (a Stable Diffusion file) and --data (a folder) both, or neither for the demo"
-        )
-    config = Config(**(settings | given))
-    return config, resume, overwrite
-
-
-def validate(config: Config) -> None:
-    """Refuse settings that make no sense, by name."""
-    if not config.base or not config.out:
-        raise CheckpointError(f"--{'out' if config.base else 'base'} is not set")
-    if not 1 <= config.log_steps <= 999:
-        raise CheckpointError(f"--log-steps is {config.log_steps}, should be 1 to 999")
-    for name in (
-        "steps",
-        "log_images",
-        "batch_size",
-        "accumulate_grad_batches",
-        "hint_channels",
-        "checkpoint_freq",
-        "encode_batch_size",
-    ):
-        if getattr(config, name) < 1:
-            raise CheckpointError(f"--{name.replace('_', '-')} is {getattr(config, name)}, should be 1 or more")
-    if not 0 <= config.drop_prompt <= 1:
-        raise CheckpointError(f"--drop-prompt is {config.drop_prompt}, should be 0 to 1")
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise CheckpointError(f"--device {config.device}: this PyTorch sees no GPU; --device cpu works, slowly")
-
-
 def main(argv: list[str] | None = None) -> None:
     config, resume, overwrite = parse(argv)
     if config.data == DEMO["data"] and not (Path(config.data) / "prompt.json").exists():
         circles.make(config.data)
-    try:
-        train(config, resume=resume, overwrite=overwrite)
-    except KeyboardInterrupt:
-        run = resume or config.out
-        done = checkpoint.list_checkpoints(run)
-        say = (
-            f"python train.py --resume {run} goes on from {done[-1].name}" if done else "no checkpoint was written yet"
-        )
-        sys.exit(f"train.py: stopped; {say}")
+    train(config, resume=resume, overwrite=overwrite)
 
 
 if __name__ == "__main__":
@@ -613,3 +493,5 @@ if __name__ == "__main__":
         main()
     except (CheckpointError, data.DataError) as e:  # a bad input: one line, no traceback
         sys.exit(f"train.py: {e}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: stopped at once; --resume goes on from the last checkpoint, caches keep what they have")

@@ -51,8 +51,8 @@ def run(*command: object) -> tuple[float, float, float]:
             break
         try:
             lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
-            dirty = sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty"))
-            private = max(private, dirty / 2**20)
+            own = sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
+            private = max(private, own / 2**20)
         except OSError:
             pass
         time.sleep(0.1)
@@ -133,7 +133,8 @@ def exchange(model: str, work: Path) -> None:
     assert max(far.values()) < 1e-4
     again = checkpoint.load_state_dict(folder)
     same = sum(torch.equal(v, state[k]) for k, v in again.items())
-    print(f"{model} back: {same} of {len(again)} tensors of the folder equal the file's", flush=True)
+    assert same == len(again), "a tensor did not come back from the folder as it was"
+    print(f"{model} back: all {same} tensors of the folder equal the file's", flush=True)
 
 
 def step(model: str, work: Path, precisions: list[str], resolution: int, steps: int) -> None:
@@ -168,14 +169,16 @@ def main() -> None:
     args = parser.parse_args()
     work = Path(args.work or tempfile.mkdtemp())
     work.mkdir(parents=True, exist_ok=True)
-    if "attach" in args.parts or "exchange" in args.parts:
-        attach(args.model, work)
-    if "exchange" in args.parts:
-        exchange(args.model, work)
-    if "step" in args.parts:
-        step(args.model, work, args.precision, args.resolution, args.steps)
-    if not args.work:
-        shutil.rmtree(work)
+    try:
+        if "attach" in args.parts or "exchange" in args.parts:
+            attach(args.model, work)
+        if "exchange" in args.parts:
+            exchange(args.model, work)
+        if "step" in args.parts:
+            step(args.model, work, args.precision, args.resolution, args.steps)
+    finally:
+        if not args.work:
+            shutil.rmtree(work)
 
 
 if __name__ == "__main__":

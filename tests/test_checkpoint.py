@@ -156,6 +156,27 @@ def test_damaged_files(tmp_path):
         load_state_dict(tmp_path / "none.pt")
 
 
+def test_sizes_that_lie(tmp_path):
+    """A tensor that repeats its storage to any size, a pickle that claims to unpack to gigabytes, a zip in a zip."""
+    torch.save({"w": torch.ones(1).expand(10**13)}, tmp_path / "repeat.pt")
+    with pytest.raises(CheckpointError, match="larger than its storage"):
+        load_state_dict(tmp_path / "repeat.pt")
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("a/data.pkl", b"\x80\x02" + b"0" * 100)
+    content = bytearray((tmp_path / "bomb.pt").read_bytes())
+    at = content.index(b"PK\x01\x02") + 24  # the unpacked size in the directory
+    content[at : at + 4] = (3 << 30).to_bytes(4, "little")
+    (tmp_path / "bomb.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match="claims 3221225472 bytes"):
+        load_state_dict(tmp_path / "bomb.pt")
+    inner = io.BytesIO()
+    torch.save({"w": torch.ones(2)}, inner)
+    with zipfile.ZipFile(tmp_path / "nested.pt", "w") as z:
+        z.writestr("a/data.pkl", inner.getvalue())
+    with pytest.raises(CheckpointError, match="nested.pt: damaged, or not a weight file"):
+        load_state_dict(tmp_path / "nested.pt")
+
+
 def test_writes_are_whole_or_absent(tmp_path):
     path = tmp_path / "a.safetensors"
     checkpoint.save_safetensors(path, {"w": torch.ones(2)}, {"k": "v"})

@@ -8,6 +8,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DISABLE_TELE
 import diffusers
 import numpy as np
 import pytest
+import safetensors
 import torch
 import transformers
 
@@ -112,6 +113,33 @@ def test_folders_in_all_their_forms_come_back_as_the_file(exported, tmp_path):
     assert equal(checkpoint.load_state_dict(tmp_path / "fp16" / "unet"), unet)
     with pytest.raises(CheckpointError, match="without weights"):
         checkpoint.load_state_dict(tmp_path / "fp16")
+
+
+def test_old_names_of_the_vaes_attention(exported, tmp_path):
+    """As diffusers wrote them before 0.17, and as SD 1.5's folder still has them."""
+    model, folder = exported
+    state = checkpoint.load_state_dict(folder / "model.safetensors")
+    new = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    with safetensors.safe_open(folder / "exported" / "vae" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        old = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
+    for a, b in new.items():
+        old = {k.replace(f"attentions.0.{a}.", f"attentions.0.{b}."): v for k, v in old.items()}
+    torch.save(old, tmp_path / "vae.bin")
+    vae = {k: v for k, v in state.items() if k.startswith("first_stage_model.")}
+    assert equal(checkpoint.load_state_dict(tmp_path / "vae.bin"), vae)
+
+
+@torch.no_grad()
+def test_a_model_without_controlnet_draws_at_its_own_size(exported, tmp_path):
+    model, folder = exported
+    plain = {k: v for k, v in model.state_dict().items() if not k.startswith("control_model.")}
+    metadata = {"config": model.config.to_json()}
+    checkpoint.save_safetensors(tmp_path / "plain.safetensors", plain, metadata)
+    merge.main(["export", str(tmp_path / "plain.safetensors"), str(tmp_path / "plain")])
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "plain")
+    pipe.set_progress_bar_config(disable=True)
+    side = model.config.resolution
+    assert pipe(PROMPT, num_inference_steps=1).images[0].size == (side, side)
 
 
 def test_folder_becomes_a_model(exported):

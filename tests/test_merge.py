@@ -22,7 +22,7 @@ def test_attach_equals_attaching_on_the_fly(base, tmp_path, capsys):
     with pytest.raises(CheckpointError, match="exists; --force"):
         merge.main(["attach", str(base), str(out)])
     with pytest.raises(CheckpointError, match="already has a ControlNet"):
-        merge.main([str(out), str(out), "--force"])
+        merge.main([str(out), str(tmp_path / "twice.safetensors")])
     with pytest.raises(CheckpointError, match="no such folder"):
         merge.main([str(base), str(tmp_path / "no" / "x.safetensors")])
     with pytest.raises(CheckpointError, match="no such file"):
@@ -136,7 +136,7 @@ def unet(channels: int, context: int, inputs: int = 4) -> dict[str, torch.Tensor
         ({"conditioner.embedders.0.x": torch.zeros(1)}, "an SDXL model; a Stable Diffusion 1.x or 2.x"),
         ({"lora_unet_down_blocks_0.lora_down.weight": torch.zeros(1)}, "a LoRA"),
         ({"model.diffusion_model.double_blocks.0.x": torch.zeros(1)}, "a diffusion transformer"),
-        ({"encoder.down.0.block.0.norm1.weight": torch.zeros(1)}, "a VAE alone .--vae"),
+        ({"encoder.down.0.block.0.norm1.weight": torch.zeros(1)}, "a VAE alone; a Stable Diffusion 1.x"),
         ({"zero_convs.0.0.weight": torch.zeros(1), "input_hint_block.0.weight": torch.zeros(1)}, "a ControlNet alone"),
         ({"text_model.embeddings.token_embedding.weight": torch.zeros(1, 1)}, "a text encoder alone"),
         ({"x": torch.zeros(1)}, "no Stable Diffusion UNet in it .keys like .*, but x and others"),
@@ -229,3 +229,88 @@ def test_training_goes_on_from_a_controlnet_alone(run, base, folder, tmp_path):
     assert json.loads((again / "config.json").read_text())["vae"] == str(base)
     with pytest.raises(CheckpointError, match="a run has its own ControlNet"):
         gather(again, control=base)
+
+
+def test_what_stands_in_the_way_is_not_removed(run, base, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    whole = tmp_path / "whole.safetensors"
+    merge.main(["export", str(run), str(whole)])
+    for out in (tmp_path / "mine", run):
+        with pytest.raises(CheckpointError, match="not of diffusers' kind|is an input"):
+            merge.main(["export", str(whole), str(out), "--force"])
+    with pytest.raises(CheckpointError, match="is an input"):
+        merge.main(["export", str(whole), str(whole), "--force"])
+    folder = tmp_path / "sd1.5"  # a name with a dot is a folder's too
+    merge.main(["export", str(whole), str(folder)])
+    merge.main(["export", str(whole), str(folder), "--force"])  # ours to replace
+    with pytest.raises(CheckpointError, match="is an input"):
+        merge.main(["extract", str(folder), str(folder), "--format", "diffusers", "--force"])
+    with pytest.raises(CheckpointError, match="the output is a folder"):
+        merge.main(["extract", str(whole), str(tmp_path / "x.safetensors"), "--format", "diffusers"])
+    with pytest.raises(CheckpointError, match="--base goes with the folder of a run"):
+        merge.main(["export", str(whole), str(tmp_path / "new"), "--base", "nothing"])
+    assert (tmp_path / "mine" / "thesis.txt").exists() and checkpoint.newest(run)
+
+
+def test_differences_are_not_taken_for_weights(base, tmp_path):
+    """Also in bare names, and neither twice nor of another kind of model."""
+    whole, diff, bare = (tmp_path / f"{name}.safetensors" for name in ("whole", "diff", "bare"))
+    merge.main([str(base), str(whole)])
+    merge.main(["extract", str(whole), str(diff), "--difference", str(base)])
+    state = {k.removeprefix("control_model."): v for k, v in load_state_dict(diff).items()}
+    checkpoint.save_safetensors(bare, state)
+    for form in (diff, bare):
+        assert all(torch.allclose(v, gather(base, control=form)[k]) for k, v in load_state_dict(whole).items())
+    with pytest.raises(CheckpointError, match="holds differences already"):
+        merge.main(["extract", str(diff), str(tmp_path / "x.safetensors"), "--difference", str(base)])
+    wide = {k: v.repeat(2, *[1] * (v.ndim - 1)) if v.ndim else v for k, v in load_state_dict(diff).items()}
+    checkpoint.save_safetensors(tmp_path / "wide.safetensors", wide)
+    with pytest.raises(CheckpointError, match="wide.safetensors: a ControlNet of another kind of model"):
+        gather(base, control=tmp_path / "wide.safetensors")
+
+
+def test_a_model_that_is_not_whole_is_not_exported(base, tmp_path):
+    state = {k: v for k, v in load_state_dict(base).items() if not k.startswith("first_stage_model.decoder.")}
+    checkpoint.save_safetensors(tmp_path / "part.safetensors", state, checkpoint.load_metadata(base))
+    with pytest.raises(CheckpointError, match="not a whole model: .* tensors of the VAE"):
+        merge.main(["export", str(tmp_path / "part.safetensors"), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+    for a, b in (("part", "vae"), ("vae", "part")):
+        vae = {k: v for k, v in state.items() if k.startswith("first_stage_model.")}
+        checkpoint.save_safetensors(tmp_path / "vae.safetensors", vae)
+        merge.main([str(base), str(tmp_path / "whole.safetensors"), "--force"])
+        with pytest.raises(CheckpointError, match="vae.safetensors: a VAE alone"):
+            merge.main(
+                ["transfer", "--from-base", str(tmp_path / f"{a}.safetensors"), "--control",
+                 str(tmp_path / "whole.safetensors"), "--to-base", str(tmp_path / f"{b}.safetensors"),
+                 str(tmp_path / "y.safetensors")]
+            )  # fmt: skip
+
+
+def test_spellings_of_the_wild(base, tmp_path):
+    """A text tower without `text_model.`, a VAE with its loss, another program's `config` in the metadata."""
+    state = load_state_dict(base)
+    odd = {k.replace("transformer.text_model.", "transformer."): v for k, v in state.items()}
+    odd |= {"first_stage_model.loss.logvar": torch.zeros(()), "betas": torch.ones(3)}
+    checkpoint.save_safetensors(tmp_path / "odd.safetensors", odd, checkpoint.load_metadata(base))
+    model = ControlLDM.from_file(tmp_path / "odd.safetensors", vae=tmp_path / "odd.safetensors")
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert "first_stage_model.loss.logvar" not in gather(base, vae=tmp_path / "odd.safetensors")
+    merge.main(["export", str(tmp_path / "odd.safetensors"), str(tmp_path / "folder")])
+    again = ControlLDM.from_file(tmp_path / "folder").state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in again.items())
+    merge.main([str(tmp_path / "odd.safetensors"), str(tmp_path / "half.safetensors"), "--half"])
+    half = load_state_dict(tmp_path / "half.safetensors")
+    assert half["betas"].dtype == torch.float32  # the schedule's buffers keep their precision
+    assert half["model.diffusion_model.out.2.bias"].dtype == torch.float16
+    for config in ("{}", "not json", '{"unet": 3}', '{"name": "x", "new": 1}'):
+        checkpoint.save_safetensors(tmp_path / "foreign.safetensors", {"x": torch.ones(1)}, {"config": config})
+        with pytest.raises(CheckpointError):
+            ControlLDM.from_file(tmp_path / "foreign.safetensors")
+        merge.main(["info", str(tmp_path / "foreign.safetensors")])
+
+
+def test_export_keeps_what_weights_cannot_tell(base, tmp_path):
+    merge.main(["export", str(base), str(tmp_path / "eps.safetensors"), "--prediction", "eps"])
+    assert read_model(tmp_path / "eps.safetensors")[1].prediction == "eps" != TINY.prediction

@@ -1,0 +1,192 @@
+"""What can be set: every setting of a run, as one dataclass that is the command line, and as `config.json`.
+
+A field of `Config` is a flag of the same name (`batch_size`, `--batch-size`), with a group and a sentence of help
+beside its default. Later wins: defaults, then the demo or the resumed run, then flags.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import checkpoint
+import data
+from checkpoint import CheckpointError
+from controlnet import PRECISIONS
+
+TINY_BASE = Path(__file__).parent / "models" / "tiny_sd.safetensors"
+
+
+def setting(default: Any, group: str, text: str, choices: Sequence[str] | None = None) -> Any:
+    return field(default=default, metadata={"group": group, "help": text, "choices": choices})
+
+
+@dataclass
+class Config:
+    """Every setting of a run; each is a flag of the same name. Defaults are the ControlNet tutorial's."""
+
+    base: str = setting("", "what to train", "Stable Diffusion file to attach a ControlNet to (or one that has it)")
+    data: str = setting("", "what to train", "folder with prompt.json, source/ and target/ (Fill50K's layout)")
+    out: str = setting("", "what to train", "the run's folder (default: runs/ and the data folder's name)")
+    resolution: str = setting("", "what to train", "size of the images, N or WxH (default: the first target's)")
+    hint_channels: int = setting(3, "what to train", "channels of the hint images: 1, 3, 4; others from .npy files")
+    hint_resample: str = setting(
+        "area", "what to train", "how hints are resized; nearest is for label maps", ("area", "nearest")
+    )
+    prediction: str = setting(
+        "auto", "what to train", "v for SD 2.1 at 768 px, which its file cannot tell", ("auto", "eps", "v")
+    )
+    control: str = setting("", "what to train", "a ControlNet's file or folder to go on from (default: a new one)")
+    vae: str = setting("", "what to train", "a VAE's file or folder to take for the base's")
+    ema: bool = setting(False, "what to train", "take the base UNet's moving average (model_ema.*) for its weights")
+    clip_skip: int = setting(1, "what to train", "2 leaves out the text tower's last layer, as some SD 1.x models want")
+
+    sd_locked: bool = setting(True, "what is trained", "off: the UNet's decoder trains too; use a rate of 2e-6 then")
+    only_mid_control: bool = setting(False, "what is trained", "steer through the middle block alone: fast, weak")
+
+    steps: int = setting(10_000, "optimisation", "optimizer steps in all")
+    batch_size: int = setting(4, "optimisation", "samples that are computed at once (a micro-batch)")
+    accumulate_grad_batches: int = setting(
+        1, "optimisation", "micro-batches a step: 4 of them are a batch 4 times as large"
+    )
+    learning_rate: float = setting(1e-5, "optimisation", "of AdamW")
+    warmup_steps: int = setting(0, "optimisation", "steps over which the learning rate rises from 0")
+    lr_schedule: str = setting("constant", "optimisation", "of the learning rate after that", ("constant", "cosine"))
+    weight_decay: float = setting(1e-2, "optimisation", "of AdamW")
+    clip_grad_norm: float = setting(0.0, "optimisation", "largest norm of the gradient; 0 turns clipping off")
+    drop_prompt: float = setting(
+        0.0, "optimisation", "fraction of prompts that are emptied, so that the hint must do (the paper's 0.5)"
+    )
+    timestep_bias: float = setting(
+        1.0, "optimisation", "t = 1000 u^bias: below 1 more high-noise timesteps; 1 is uniform"
+    )
+    precision: str = setting("fp32", "optimisation", "of the computation; trained weights stay fp32", tuple(PRECISIONS))
+    channels_last: bool = setting(
+        False, "optimisation", "keep the channels of images and weights side by side in memory"
+    )
+    seed: int = setting(0, "optimisation", "all randomness is a function of it and of the sample's number")
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "optimisation", "where to compute")
+
+    cache: bool = setting(True, "frozen work", "compute the VAE's and text tower's outputs once; off: at every step")
+    cache_dir: str = setting("data/.cache", "frozen work", "where they are kept; runs share them")
+    encode_batch_size: int = setting(8, "frozen work", "images that the VAE encodes at once")
+    workers: int = setting(
+        2 if torch.cuda.is_available() else 0, "frozen work", "processes that load samples ahead; 0: none"
+    )
+
+    logger_freq: int = setting(
+        300, "watching", "steps between image logs and measurements of the control gain; 0: never"
+    )
+    checkpoint_freq: int = setting(1000, "watching", "steps between checkpoints (there is always one at the end)")
+    keep_checkpoints: int = setting(2, "watching", "how many of the newest are kept; 0: all")
+    keep_every: int = setting(0, "watching", "of older ones, those of every so many steps are kept; 0: none")
+    max_skipped: int = setting(
+        30, "watching", "steps in a row with a loss or gradient that is not finite, then it ends"
+    )
+    validation: int = setting(8, "watching", "samples held out to watch (of small data sets a tenth, at least 2)")
+    log_images: int = setting(4, "watching", "of these, how many are drawn in the image log")
+    log_steps: int = setting(50, "watching", "denoising steps of the image log")
+    guidance: float = setting(0.0, "watching", "guidance scale of the image log; 0: what suits the model (9 for SD)")
+
+    @property
+    def batch(self) -> int:
+        """Samples a step."""
+        return self.batch_size * self.accumulate_grad_batches
+
+
+# What `python train.py` alone does.
+DEMO = dict(
+    base=str(TINY_BASE),
+    data="data/circles",
+    out="runs/demo",
+    steps=500,
+    batch_size=16,
+    learning_rate=2.5e-3,
+    warmup_steps=20,
+    lr_schedule="cosine",
+    timestep_bias=0.6,
+    weight_decay=0.0,
+    clip_grad_norm=1.0,
+    logger_freq=50,
+    log_steps=20,
+    validation=16,
+)
+# `base`, `vae` and `data` may be other paths on resume, to the same weights and the same rows.
+FIXED_ON_RESUME = (
+    "resolution", "hint_channels", "hint_resample", "prediction", "control", "ema", "clip_skip", "seed", "validation",
+)  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------- flags
+def parse(argv: list[str] | None) -> tuple[Config, str | None, bool]:
+    """Flags -> configuration, the run to resume if any, whether to overwrite one.
+
+    Later wins: defaults, demo or resumed run, flags.
+    """
+    parser = argparse.ArgumentParser(
+        description="Train a ControlNet. Without --base and --data: the demo, circles on the tiny base.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--resume", metavar="RUN", help="folder of a run to go on with")
+    parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    groups = {}
+    for f in dataclasses.fields(Config):
+        name, text = f.metadata["group"], f.metadata["help"]
+        group = groups.setdefault(name, parser.add_argument_group(name))
+        default = f" (default: {f.default})" if f.default != "" else ""
+        flag = "--" + f.name.replace("_", "-")
+        if f.type is bool or f.type == "bool":
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text + default)
+        else:
+            kind = {"int": int, "float": float, "str": str}[f.type if isinstance(f.type, str) else f.type.__name__]
+            group.add_argument(flag, type=kind, choices=f.metadata["choices"], help=text + default)
+    given = vars(parser.parse_args(argv))
+    resume, overwrite = given.pop("resume", None), given.pop("overwrite", False)
+    if resume:
+        if overwrite or "out" in given:
+            raise CheckpointError("--resume goes on in the run's own folder: no --out, no --overwrite")
+        settings = {k: v for k, v in checkpoint.load_run(resume).items() if k in Config.__dataclass_fields__}
+        plain = lambda k, v: data.parse_resolution(v) if k == "resolution" else v
+        changed = [k for k in FIXED_ON_RESUME if k in given and plain(k, given[k]) != plain(k, settings[k])]
+        if changed:
+            raise CheckpointError(
+                f"{resume}: --{changed[0].replace('_', '-')} cannot change on resume; it was {settings[changed[0]]!r}"
+            )
+    elif "base" not in given and "data" not in given:
+        settings = dict(DEMO)
+    elif "base" in given and "data" in given:
+        settings = {"out": f"runs/{Path(given['data']).resolve().name}"}
+    else:
+        raise CheckpointError(
+            "give --base (a Stable Diffusion file) and --data (a folder) both, or neither for the demo"
+        )
+    config = Config(**(settings | given))
+    return config, resume, overwrite
+
+
+def validate(config: Config) -> None:
+    """Refuse settings that make no sense, by name."""
+    if not config.base or not config.out:
+        raise CheckpointError(f"--{'out' if config.base else 'base'} is not set")
+    if not 1 <= config.log_steps <= 999:
+        raise CheckpointError(f"--log-steps is {config.log_steps}, should be 1 to 999")
+    for name in (
+        "steps",
+        "log_images",
+        "batch_size",
+        "accumulate_grad_batches",
+        "hint_channels",
+        "checkpoint_freq",
+        "encode_batch_size",
+    ):
+        if getattr(config, name) < 1:
+            raise CheckpointError(f"--{name.replace('_', '-')} is {getattr(config, name)}, should be 1 or more")
+    if not 0 <= config.drop_prompt <= 1:
+        raise CheckpointError(f"--drop-prompt is {config.drop_prompt}, should be 0 to 1")
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise CheckpointError(f"--device {config.device}: this PyTorch sees no GPU; --device cpu works, slowly")
