@@ -15,6 +15,7 @@ import torch
 
 import checkpoint
 import data
+import parallel
 from checkpoint import CheckpointError
 from controlnet import PRECISIONS
 
@@ -94,8 +95,8 @@ class Config:
 
     @property
     def batch(self) -> int:
-        """Samples a step."""
-        return self.batch_size * self.accumulate_grad_batches
+        """Samples a step, over all ranks."""
+        return self.batch_size * self.accumulate_grad_batches * parallel.world_size()
 
 
 # What `python train.py` alone does.

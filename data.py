@@ -419,10 +419,23 @@ def to_tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
 
 
-def batches(samples: Samples, start: int, stop: int, batch: int, workers: int = 0, pin: bool = False) -> Iterator[dict]:
-    """Samples start..stop-1 in order, `batch` at a time, collated; loaded ahead by `workers` processes."""
+def batches(
+    samples: Samples,
+    start: int,
+    stop: int,
+    batch: int,
+    workers: int = 0,
+    pin: bool = False,
+    rank: int = 0,
+    count: int = 1,
+) -> Iterator[dict]:
+    """Samples start..stop-1 in order, `batch` at a time, collated; loaded ahead by `workers` processes.
+
+    Of `count` ranks each takes every `count`-th batch.
+    """
+    mine = [n for first in range(start + rank * batch, stop, batch * count) for n in range(first, first + batch)]
     loader = torch.utils.data.DataLoader(
-        samples, batch_size=batch, sampler=range(start, stop), num_workers=workers, pin_memory=pin,
+        samples, batch_size=batch, sampler=mine, num_workers=workers, pin_memory=pin,
         prefetch_factor=4 if workers else None, worker_init_fn=_ignore_interrupts if workers else None,
     )  # fmt: skip
     return iter(loader)

@@ -3,6 +3,7 @@
     python train.py                                             the demo: circles on the tiny base that ships
     python train.py --base sd15.safetensors --data data/fill50k --out runs/fill50k
     python train.py --resume runs/fill50k                       go on where it stopped
+    torchrun --nproc-per-node 4 train.py --base ... --data ...  on four GPUs
 
 A step draws latents, noise them to a random timestep, lets the ControlNet steer the locked UNet, and compares what the
 UNet says with the noise. Whatever is frozen is computed once (`frozen.py`); whatever is random is a function of
@@ -40,6 +41,7 @@ import sampler
 from checkpoint import CheckpointError
 from config import DEMO, Config, parse, validate
 from controlnet import PRECISIONS, ControlLDM
+from parallel import Ranks
 
 
 # -------------------------------------------------------------------------------------------------------------- loss
@@ -247,6 +249,7 @@ class Engine:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     autocast: torch.autocast
+    ranks: Ranks
 
     def step(
         self, batches: Iterator[dict[str, Any]], rate: float, stop: Callable[[], bool] = lambda: False
@@ -263,9 +266,10 @@ class Engine:
             loss = losses.sum() / config.batch
             self.scaler.scale(loss).backward()
             total += loss.detach()
-            if stop():
+            if self.ranks.any(stop()):
                 self.optimizer.zero_grad(set_to_none=True)
                 return None
+        self.ranks.add_up([*(p.grad for p in self.trained.values() if p.grad is not None), total])
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), config.clip_grad_norm or math.inf)
         if self.scaler.is_enabled() or math.isfinite(total.item() + norm.item()):
@@ -275,7 +279,7 @@ class Engine:
         return total.item(), norm.item()
 
 
-def assemble(config: Config, model: ControlLDM) -> Engine:
+def assemble(config: Config, model: ControlLDM, ranks: Ranks | None = None) -> Engine:
     """Make `model` ready to train as `config` says. Frozen weights live in the precision that they are used in; trained
     ones stay fp32 under autocast."""
     trained, dtype, kind = choose_trained(model, config), PRECISIONS[config.precision], torch.device(config.device).type
@@ -288,9 +292,8 @@ def assemble(config: Config, model: ControlLDM) -> Engine:
         trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
     )
     scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
-    return Engine(
-        config, model, trained, optimizer, scaler, torch.autocast(kind, dtype, enabled=dtype != torch.float32)
-    )
+    autocast = torch.autocast(kind, dtype, enabled=dtype != torch.float32)
+    return Engine(config, model, trained, optimizer, scaler, autocast, ranks or Ranks())
 
 
 # ------------------------------------------------------------------------------------------------------- interruption
@@ -347,7 +350,7 @@ def save(run: Path, engine: Engine, carried: dict[str, Tensor], state: dict[str,
     config, model = engine.config, engine.model
     weights = {k: v for k, v in model.state_dict().items() if k.startswith("control_model.")} | carried | engine.trained
     metadata = {"config": model.config.to_json(), "step": str(state["step"]), "sd_locked": json.dumps(config.sd_locked)}
-    state = state | {"config": dataclasses.asdict(config)}
+    state = state | {"config": dataclasses.asdict(config), "ranks": engine.ranks.count}
     try:
         checkpoint.save_training(
             run, weights, metadata, engine.trained, engine.optimizer, engine.scaler, state, config.keep_checkpoints,
@@ -372,8 +375,10 @@ def train(
     start anew in a folder that holds a run. Ctrl-C or SIGTERM end it early, with a checkpoint. Raises CheckpointError
     or DataError, one line each, for what cannot be trained on.
     """
-    config = dataclasses.replace(config)  # what is found out goes into the run's copy
+    config, asked = dataclasses.replace(config), config.device  # what is found out goes into the run's copy
     validate(config)
+    ranks = Ranks(config.device)
+    config.device = ranks.device
     run = Path(resume or config.out)
     folder = checkpoint.newest(run) if resume else None
     if not resume and not overwrite and (done := checkpoint.list_checkpoints(run)):
@@ -394,53 +399,66 @@ def train(
         "vae": frozen.fingerprint(model.vae, frozen.VAE_ENCODER),
         "data": getattr(dataset, "fingerprint", ""),
     }
-    engine = assemble(config, model)
+    engine = assemble(config, model, ranks)
     state, carried = restore(engine, folder, origin) if folder else ({"step": 0, "samples": 0}, {})
     prepared = prepare(config, model, dataset)
-    watch = Watch(config, model, prepared, engine.autocast)
-
-    run.mkdir(parents=True, exist_ok=True)
-    if not resume:  # what a run that was stopped before its first checkpoint, or is to be overwritten, left
-        for leftover in ("checkpoints", "image_log"):
-            shutil.rmtree(run / leftover, ignore_errors=True)
-    checkpoint.save_json(run / "config.json", dataclasses.asdict(config))
-    metrics = log.Metrics(run, state["step"])
-    meter = log.Meter(run, metrics, config.logger_freq, watch.losses, watch.draw)
     first, consumed, saved, skipped = state["step"], state["samples"], state["step"], 0
+    record = None
+    if ranks.main:
+        open_run(run, dataclasses.replace(config, device=asked), anew=not resume)
+        metrics = log.Metrics(run, first)
+        watch = Watch(config, model, prepared, engine.autocast)
+        record = log.Meter(run, metrics, config.logger_freq, watch.losses, watch.draw)
+        announce(config, model, engine.trained, prepared, first)
     last = consumed + (config.steps - first) * config.batch
-    loader = data.batches(prepared.samples, consumed, last, config.batch_size, config.workers, "cuda" in config.device)
-    announce(config, model, engine.trained, prepared, first)
+    loader = data.batches(
+        prepared.samples, consumed, last, config.batch_size, config.workers, "cuda" in config.device, ranks.rank,
+        ranks.count,
+    )  # fmt: skip
 
     bar = tqdm(total=config.steps, initial=first, desc="training", unit="step", disable=None)
     with Interruption() as interruption, bar:
         for step in range(first, config.steps):
-            meter.measure(step)
-            start = time.perf_counter()
-            rate = learning_rate(config, step)
-            result = None if interruption.asked else engine.step(loader, rate, lambda: interruption.asked)
+            if record:
+                record.measure(step)
+            start, rate = time.perf_counter(), learning_rate(config, step)
+            result = engine.step(loader, rate, lambda: interruption.asked)
             if result is None:
                 break
             loss, norm = result
             consumed += config.batch
-            speed = config.batch / (time.perf_counter() - start)
-            metrics.add(step + 1, loss=loss, grad_norm=norm, learning_rate=rate, images_per_second=round(speed, 4))
+            state = origin | {"step": step + 1, "samples": consumed}
             skipped = 0 if math.isfinite(loss + norm) else skipped + 1
             if skipped > config.max_skipped:
                 raise CheckpointError(
                     f"{run}: {skipped} steps in a row had a loss or gradient that is not finite (now step {step + 1}); "
                     f"the last checkpoint is of step {saved}; a lower --learning-rate or --precision fp32 may help"
                 )
-            bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} images/s{meter.last}")
-            bar.update()
-            state = origin | {"step": step + 1, "samples": consumed}
-            if (step + 1) % config.checkpoint_freq == 0 and save(run, engine, carried, state):
-                saved = step + 1
-        if state["step"] > saved and save(run, engine, carried, state):  # at the end, or where it was asked to stop
-            saved = state["step"]
-        if state["step"] == config.steps:
-            meter.measure(config.steps, last=True)
-    report(run, saved, metrics, prepared, config.steps)
+            if record:
+                speed = config.batch / (time.perf_counter() - start)
+                values = dict(loss=loss, grad_norm=norm, learning_rate=rate, images_per_second=round(speed, 4))
+                metrics.add(step + 1, **values)
+                bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} images/s{record.last}")
+                bar.update()
+                if (step + 1) % config.checkpoint_freq == 0 and save(run, engine, carried, state):
+                    saved = step + 1
+        if record:
+            if state["step"] > saved and save(run, engine, carried, state):  # at the end, or asked to stop
+                saved = state["step"]
+            if state["step"] == config.steps:
+                record.measure(config.steps, last=True)
+    if record:
+        report(run, saved, metrics, prepared, config.steps)
     return run
+
+
+def open_run(run: Path, config: Config, anew: bool) -> None:
+    """Make the run's folder and write its settings. `anew`: what a run that was stopped before its first checkpoint, or
+    that is to be overwritten, left there, goes."""
+    run.mkdir(parents=True, exist_ok=True)
+    for leftover in ("checkpoints", "image_log") if anew else ():
+        shutil.rmtree(run / leftover, ignore_errors=True)
+    checkpoint.save_json(run / "config.json", dataclasses.asdict(config))
 
 
 def announce(config: Config, model: ControlLDM, trained: dict, prepared: Prepared, step: int) -> None:
