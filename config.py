@@ -56,21 +56,27 @@ class Config:
     )
     learning_rate: float = setting(1e-5, "optimisation", "of AdamW")
     warmup_steps: int = setting(0, "optimisation", "steps over which the learning rate rises from 0")
-    lr_schedule: str = setting("constant", "optimisation", "of the learning rate after that", ("constant", "cosine"))
+    lr_schedule: str = setting(
+        "constant", "optimisation", "of the learning rate after that", ("constant", "linear", "cosine")
+    )
     weight_decay: float = setting(1e-2, "optimisation", "of AdamW")
     clip_grad_norm: float = setting(0.0, "optimisation", "largest norm of the gradient; 0 turns clipping off")
-    drop_prompt: float = setting(
-        0.0, "optimisation", "fraction of prompts that are emptied, so that the hint must do (the paper's 0.5)"
-    )
-    timestep_bias: float = setting(
-        1.0, "optimisation", "t = 1000 u^bias: below 1 more high-noise timesteps; 1 is uniform"
-    )
     precision: str = setting("fp32", "optimisation", "of the computation; trained weights stay fp32", tuple(PRECISIONS))
     channels_last: bool = setting(
         False, "optimisation", "keep the channels of images and weights side by side in memory"
     )
     seed: int = setting(0, "optimisation", "all randomness is a function of it and of the sample's number")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "optimisation", "where to compute")
+
+    drop_prompt: float = setting(0.0, "what a step sees", "part of the prompts that is emptied (the paper: 0.5)")
+    drop_hint: float = setting(0.0, "what a step sees", "part of the hints that is blacked out")
+    timestep_bias: float = setting(1.0, "what a step sees", "t = 1000 u^bias: below 1 more high-noise timesteps")
+    even_timesteps: bool = setting(False, "what a step sees", "spread timesteps evenly over successive samples")
+    min_timestep: int = setting(0, "what a step sees", "lowest timestep")
+    max_timestep: int = setting(0, "what a step sees", "highest timestep; 0: the last")
+    noise_offset: float = setting(0.0, "what a step sees", "adds so much noise that is equal all over a channel (0.1)")
+    min_snr_gamma: float = setting(0.0, "what a step sees", "weighs timesteps by min-SNR with this gamma (5); 0: alike")
+    huber: float = setting(0.0, "what a step sees", "from this error on the loss grows linearly; 0: always the square")
 
     cache: bool = setting(True, "frozen work", "compute the VAE's and text tower's outputs once; off: at every step")
     cache_dir: str = setting("data/.cache", "frozen work", "where they are kept; runs share them")
@@ -187,7 +193,13 @@ def validate(config: Config) -> None:
     ):
         if getattr(config, name) < 1:
             raise CheckpointError(f"--{name.replace('_', '-')} is {getattr(config, name)}, should be 1 or more")
-    if not 0 <= config.drop_prompt <= 1:
-        raise CheckpointError(f"--drop-prompt is {config.drop_prompt}, should be 0 to 1")
+    for name in ("drop_prompt", "drop_hint"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise CheckpointError(f"--{name.replace('_', '-')} is {getattr(config, name)}, should be 0 to 1")
+    if not 0 <= config.min_timestep <= (config.max_timestep or 999) <= 999 or config.timestep_bias <= 0:
+        raise CheckpointError(
+            f"--min-timestep {config.min_timestep}, --max-timestep {config.max_timestep}, --timestep-bias "
+            f"{config.timestep_bias}: 0 <= min <= max <= 999 and a bias above 0 are needed"
+        )
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise CheckpointError(f"--device {config.device}: this PyTorch sees no GPU; --device cpu works, slowly")

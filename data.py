@@ -20,7 +20,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -370,13 +370,32 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng(mix("order", seed, epoch)).permutation(count)
 
 
+@dataclass(frozen=True)
+class Chance:
+    """What is random about a sample, beyond its noise: settings of the training of the same names."""
+
+    timesteps: int = 1000  # how many there are
+    timestep_bias: float = 1.0
+    even_timesteps: bool = False
+    min_timestep: int = 0
+    max_timestep: int = 0  # 0: the last
+    drop_prompt: float = 0.0
+    drop_hint: float = 0.0
+    noise_offset: float = 0.0
+
+    def timestep(self, u: float) -> int:
+        """u, uniform in [0,1) -> a timestep of the allowed range, low + (high - low) * u^bias rounded down."""
+        low, high = self.min_timestep, self.max_timestep or self.timesteps - 1
+        return min(high, low + int((high - low + 1) * u**self.timestep_bias))
+
+
 class Samples(torch.utils.data.Dataset):
     """Sample n of a run, n counting over all its steps, ranks and micro-batches.
 
-    Its item, timestep, noises and whether its prompt is dropped (with probability `drop_prompt`) depend on (seed, n)
-    alone, so neither the split into batches nor an interruption changes what sample n is. Each is a dict of CPU
-    tensors: hint (C,H,W), noise and posterior (4,h,w), timestep (), and `moments` (2z,h,w) and `context` (77,D) from
-    what is computed once, or `image` (3,H,W) and `prompt` without that.
+    Its item and everything random about it depend on (seed, n) alone, so neither the split into batches nor an
+    interruption changes what sample n is. Each is a dict of CPU tensors: hint (C,H,W), noise and posterior (4,h,w),
+    timestep (), and `moments` (2z,h,w) and `context` (77,D) from what is computed once, or `image` (3,H,W) and
+    `prompt` without that.
     """
 
     def __init__(
@@ -385,12 +404,11 @@ class Samples(torch.utils.data.Dataset):
         indices: Sequence[int],
         seed: int,
         latent_shape: tuple[int, int, int],
-        timestep_of: Callable[[float], int],
+        chance: Chance = Chance(),
         frozen: "Frozen | None" = None,
-        drop_prompt: float = 0.0,
     ):
         self.triples, self.indices, self.seed, self.latent_shape = triples, list(indices), seed, latent_shape
-        self.timestep_of, self.frozen, self.drop_prompt = timestep_of, frozen, drop_prompt
+        self.chance, self.frozen = chance, frozen
 
     def index(self, n: int) -> int:
         """Which item of the data set sample n is: every epoch goes through all of them in an order of its own."""
@@ -406,12 +424,18 @@ class Samples(torch.utils.data.Dataset):
         return hint | {"moments": self.frozen.moments(i), "context": self.frozen.context(i, parts["txt"])}
 
     def __getitem__(self, n: int) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(mix("sample", self.seed, n))
+        chance, generator = self.chance, torch.Generator().manual_seed(mix("sample", self.seed, n))
         u = torch.rand((), generator=generator, dtype=torch.float64).item()
+        if chance.even_timesteps:  # successive samples fill the range evenly: steps of the golden ratio
+            u = (mix("timesteps", self.seed) / 2**63 + n * 0.6180339887498949) % 1.0
         noise, posterior = (torch.randn(self.latent_shape, generator=generator) for _ in range(2))
-        dropped = torch.rand((), generator=generator).item() < self.drop_prompt
-        fixed = self.item(self.index(n), dropped)
-        return fixed | {"timestep": torch.tensor(self.timestep_of(u)), "noise": noise, "posterior": posterior}
+        prompt_at, hint_at = torch.rand(2, generator=generator).tolist()
+        offset = torch.randn((self.latent_shape[0], 1, 1), generator=generator)
+        sample = self.item(self.index(n), prompt_at < chance.drop_prompt)
+        if hint_at < chance.drop_hint:
+            sample["hint"] = torch.zeros_like(sample["hint"])
+        noise = noise + chance.noise_offset * offset
+        return sample | {"timestep": torch.tensor(chance.timestep(u)), "noise": noise, "posterior": posterior}
 
 
 def to_tensor(array: np.ndarray) -> Tensor:

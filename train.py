@@ -53,29 +53,41 @@ def diffusion_loss(
     timesteps: Tensor,
     noise: Tensor,
     only_mid_control: bool = False,
+    min_snr_gamma: float = 0.0,
+    huber: float = 0.0,
 ) -> Tensor:
     """Per-sample loss (B,), float32: the mean square of what the steered UNet gets wrong.
 
     latents (B,4,h,w), scaled; context (B,77,D); hint (B,C,8h,8w) in [0,1]; timesteps (B,) int64; noise (B,4,h,w). The
     target is the noise, or the velocity for v models. The locked encoder has no parameter that requires a gradient and
     so leaves no graph behind; of the locked decoder only what its activations' gradient needs is kept.
+    `min_snr_gamma`: weigh timesteps as Hang et al. 2023 (arXiv:2303.09556), 0 not at all. `huber`: from this error on
+    the loss grows linearly (twice Huber's, so that it begins as the square), 0 never.
     """
     alphas = sampler.alphas_cumprod(model.config, latents.device)[timesteps]
     x_t = sampler.q_sample(latents, noise, alphas)
-    predicted = model.predict(x_t, timesteps, context, hint, only_mid_control)
-    target = noise if model.config.prediction == "eps" else sampler.velocity(latents, noise, alphas)
-    return F.mse_loss(predicted.float(), target.float(), reduction="none").flatten(1).mean(1)
+    predicted = model.predict(x_t, timesteps, context, hint, only_mid_control).float()
+    v = model.config.prediction == "v"
+    target = sampler.velocity(latents, noise, alphas) if v else noise
+    wrong = F.mse_loss(predicted, target.float(), reduction="none")
+    if huber:
+        wrong = 2 * F.huber_loss(predicted, target.float(), reduction="none", delta=huber)
+    loss = wrong.flatten(1).mean(1)
+    if min_snr_gamma:
+        snr = alphas / (1 - alphas)
+        loss = loss * snr.clamp(max=min_snr_gamma) / (snr + 1 if v else snr)
+    return loss
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """The rate of step `step` (from 0): rises over the warm-up, then constant, or down to a fiftieth along a cosine.
+    """The rate of step `step` (from 0): rises over the warm-up; constant, or down to a fiftieth on a line or a cosine.
 
     A function of settings and step alone, so a resumed run has the rates of one that was not stopped.
     """
     rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
-    if config.lr_schedule == "cosine":
-        rate *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-    return rate
+    way = step / config.steps
+    left = {"constant": 1.0, "linear": 1 - way, "cosine": 0.5 * (1 + math.cos(math.pi * way))}[config.lr_schedule]
+    return rate * (0.02 + 0.98 * left)
 
 
 # ------------------------------------------------------------------------------------------------------- what trains
@@ -137,21 +149,10 @@ def prepare(config: Config, model: ControlLDM, dataset: data.Fill50K | Sequence[
             model.text.cpu()
     factor = model.vae.factor
     shape = (model.config.unet.in_channels, size[1] // factor, size[0] // factor)
-    timestep_of = TimestepOf(config.timestep_bias, model.config.timesteps)
-    return Prepared(
-        data.Samples(triples, train, config.seed, shape, timestep_of, once, config.drop_prompt), validation, uncond
+    chance = data.Chance(
+        model.config.timesteps, **{f.name: getattr(config, f.name) for f in dataclasses.fields(data.Chance)[1:]}
     )
-
-
-@dataclass(frozen=True)
-class TimestepOf:
-    """u, uniform in [0,1) -> timestep: total * u^bias, rounded down."""
-
-    bias: float
-    total: int
-
-    def __call__(self, u: float) -> int:
-        return min(self.total - 1, int(self.total * u**self.bias))
+    return Prepared(data.Samples(triples, train, config.seed, shape, chance, once), validation, uncond)
 
 
 def to_device(model: ControlLDM, batch: dict[str, Any], device: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -262,7 +263,7 @@ class Engine:
         for _ in range(config.accumulate_grad_batches):
             batch = to_device(self.model, next(batches), config.device)
             with self.autocast:
-                losses = diffusion_loss(self.model, *batch, config.only_mid_control)
+                losses = diffusion_loss(self.model, *batch, config.only_mid_control, config.min_snr_gamma, config.huber)
             loss = losses.sum() / config.batch
             self.scaler.scale(loss).backward()
             total += loss.detach()

@@ -163,7 +163,7 @@ def test_keys_follow_the_content(tmp_path):
 
 
 def test_samples_are_functions_of_their_number(folder):
-    make = lambda seed: data.Samples(Fill50K(folder, (32, 32)), range(10), seed, (4, 4, 4), lambda u: int(1000 * u))
+    make = lambda seed: data.Samples(Fill50K(folder, (32, 32)), range(10), seed, (4, 4, 4))
     samples = make(0)
     flat = lambda batches: [(t, n) for b in batches for t, n in zip(b["timestep"].tolist(), b["noise"], strict=True)]
     whole, split = flat(data.batches(samples, 0, 24, 8)), flat(data.batches(make(0), 12, 24, 3, workers=1))
@@ -196,3 +196,28 @@ def test_pictures_of_every_kind(tmp_path):
     for channels in (1, 2, 3, 4):
         hint = np.random.RandomState(0).randint(0, 256, (6, 5, channels)) / 255
         assert np.array_equal(data.read_image(data.save_hint(tmp_path / "h", hint), channels), (hint * 255).round())
+
+
+def test_timesteps_keep_to_their_range_and_spread_evenly(folder):
+    pairs = Fill50K(folder, (32, 32))
+    drawn = lambda **chance: [
+        s["timestep"].item()
+        for s in map(data.Samples(pairs, range(20), 0, (4, 4, 4), data.Chance(**chance)).__getitem__, range(300))
+    ]
+    plain = drawn()
+    assert min(plain) >= 0 and max(plain) <= 999 and 400 < np.mean(plain) < 600
+    assert np.mean(drawn(timestep_bias=0.5)) > 600 > np.mean(drawn(timestep_bias=2.0))
+    assert all(200 <= t <= 210 for t in drawn(min_timestep=200, max_timestep=210))
+    assert set(drawn(min_timestep=999)) == {999}
+    even = np.sort(drawn(even_timesteps=True)[100:116])  # any 16 in a row
+    assert np.diff(even).max() < 125 and even[0] < 125 and even[-1] > 875
+    assert all(t != u for t, u in zip(drawn(even_timesteps=True)[:5], plain[:5], strict=True))
+
+
+def test_dropped_hints_are_black_and_offset_noise_has_a_mean(folder):
+    pairs = Fill50K(folder, (32, 32))
+    make = lambda **chance: data.Samples(pairs, range(20), 0, (4, 8, 8), data.Chance(**chance))
+    black = [not make(drop_hint=0.3)[n]["hint"].any() for n in range(100)]
+    assert 15 < sum(black) < 45
+    mean = lambda samples: np.std([samples[n]["noise"].mean((1, 2)).numpy() for n in range(50)])
+    assert mean(make()) < 0.2 < 0.4 < mean(make(noise_offset=0.5))

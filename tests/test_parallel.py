@@ -72,7 +72,7 @@ def test_a_rank_that_fails_ends_the_run_with_its_message(config):  # noqa: F811
         for file in (Path(config.data) / side).iterdir():
             (broken / side / file.name).write_bytes(file.read_bytes())
     (broken / "prompt.json").write_text("\n".join(rows))
-    order = data.Samples(data.Fill50K(broken), range(22), 0, (4, 4, 4), int)
+    order = data.Samples(data.Fill50K(broken), range(22), 0, (4, 4, 4))
     (broken / "source" / f"{order.index(3)}.png").write_bytes(b"no picture")  # of the second batch: rank 1's
     done = torchrun(
         2, "--base", config.base, "--data", str(broken), "--out", config.out, "--cache-dir", config.cache_dir,

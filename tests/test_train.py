@@ -196,7 +196,7 @@ def test_a_data_set_that_changes_is_not_cached(config):
         train.train(config, Random(config.data))
     config.cache = False
     train.train(config, Random(config.data))
-    item = data.Samples(data.Triples(Random(config.data), (32, 32)), range(4), 0, (4, 4, 4), int)[0]
+    item = data.Samples(data.Triples(Random(config.data), (32, 32)), range(4), 0, (4, 4, 4))[0]
     assert torch.allclose(item["hint"], item["image"]) and float(item["prompt"]) == pytest.approx(
         item["hint"].mean().item()
     )
@@ -216,7 +216,13 @@ def test_settings_that_shape_the_step(config, tmp_path):
     assert plain[3]["loss"] != run(clip_grad_norm=1e-6)[3]["loss"]
     assert plain[3]["loss"] != run(weight_decay=100.0)[3]["loss"]
     assert plain[0]["loss"] != run(resolution="64")[0]["loss"]
-    assert plain[0]["loss"] != run(drop_prompt=1.0)[0]["loss"]
+    for change in (
+        dict(drop_prompt=1.0), dict(even_timesteps=True), dict(min_timestep=900), dict(max_timestep=100),
+        dict(noise_offset=0.3), dict(min_snr_gamma=1.0), dict(huber=0.1),
+    ):  # fmt: skip
+        assert plain[0]["loss"] != run(**change)[0]["loss"], change
+    assert plain[3]["loss"] != run(drop_hint=1.0)[3]["loss"]  # at step 0 no hint matters yet
+    assert run(lr_schedule="linear")[2]["learning_rate"] == pytest.approx(0.51e-3)
     last = [e["loss"] for e in run(channels_last=True)]
     assert np.allclose(last, [e["loss"] for e in plain], rtol=1e-4)
 
@@ -234,7 +240,7 @@ def test_dropped_prompts_are_the_empty_one(config, folder, tmp_path):
     with torch.no_grad():
         once = frozen.freeze(model, pairs, tmp_path, 8)
         empty = model.encode_prompts("")[0]
-    make = lambda rate, kept: data.Samples(pairs, range(24), 0, (4, 4, 4), lambda u: int(1000 * u), kept, rate)
+    make = lambda rate, kept: data.Samples(pairs, range(24), 0, (4, 4, 4), data.Chance(drop_prompt=rate), kept)
     for kept, name, blank in ((once, "context", empty), (None, "prompt", "")):
         same = lambda a, b: torch.allclose(a, b, atol=1e-5) if isinstance(a, torch.Tensor) else a == b
         never, some = make(0.0, kept), make(0.3, kept)
@@ -343,3 +349,20 @@ def test_a_run_goes_on_where_its_base_and_data_have_moved(config, base, folder, 
 def test_sudden_convergence():
     assert log.sudden_convergence([0, 50, 100, 150], [0.0, 0.01, 0.3, 0.4]) == 100
     assert log.sudden_convergence([0, 50, 100, 150], [0.0, 0.2, 0.01, 0.02]) is None
+
+
+def test_weights_of_min_snr_and_the_arm_of_huber(config):
+    model = ControlLDM.from_file(config.base, attach=True)
+    t = torch.tensor([10, 400, 990])
+    x, noise, context = torch.randn(3, 4, 4, 4), torch.randn(3, 4, 4, 4), torch.randn(3, 77, 64)
+    hint = torch.rand(3, 3, 32, 32)
+    loss = lambda **how: train.diffusion_loss(model, x, context, hint, t, noise, **how)
+    alphas = train.sampler.alphas_cumprod(model.config)[t]
+    snr = alphas / (1 - alphas)
+    assert model.config.prediction == "v"
+    assert torch.allclose(loss(min_snr_gamma=5.0), loss() * snr.clamp(max=5) / (snr + 1))
+    model.config = dataclasses.replace(model.config, prediction="eps")
+    assert torch.allclose(loss(min_snr_gamma=1e9), loss()) and not torch.allclose(loss(min_snr_gamma=5.0), loss())
+    assert torch.allclose(loss(min_snr_gamma=5.0), loss() * snr.clamp(max=5) / snr)
+    assert torch.allclose(loss(huber=1e3), loss())  # no error is that large: the square
+    assert (loss(huber=0.1) < loss()).all()
