@@ -62,6 +62,9 @@ class Config:
     weight_decay: float = setting(1e-2, "optimisation", "of AdamW")
     clip_grad_norm: float = setting(0.0, "optimisation", "largest norm of the gradient; 0 turns clipping off")
     precision: str = setting("fp32", "optimisation", "of the computation; trained weights stay fp32", tuple(PRECISIONS))
+    gradient_checkpointing: bool = setting(
+        False, "optimisation", "keep less for the way back, compute it again: slower"
+    )
     channels_last: bool = setting(
         False, "optimisation", "keep the channels of images and weights side by side in memory"
     )

@@ -80,7 +80,7 @@ class ControlNet(UNetEncoder):
         They come shallow to deep, the middle block's last. With `only_mid_control` the middle block's alone is
         computed, in a list of one.
         """
-        guided = self.input_hint_block(hint.to(self.dtype))
+        guided = self.run(self.input_hint_block, hint.to(self.dtype))
         h, skips, _ = self.encode(x, timesteps, context, guided)
         residuals = [] if only_mid_control else [conv(s) for conv, s in zip(self.zero_convs, skips, strict=True)]
         return [*residuals, self.middle_block_out(h)]

@@ -287,6 +287,7 @@ def assemble(config: Config, model: ControlLDM, ranks: Ranks | None = None) -> E
     for name, p in model.named_parameters():
         if not p.requires_grad and not name.startswith("control_model."):
             p.data = p.data.to(dtype)
+    model.unet.recompute = model.control_model.recompute = config.gradient_checkpointing
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,7 @@ class UNetEncoder(nn.Module):
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
+        self.recompute = False  # gradient checkpointing: keep only what goes into a block, compute the rest twice
         c0, groups = config.model_channels, config.norm_groups
         emb_dim = 4 * c0
         self.time_embed = nn.Sequential(nn.Linear(c0, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
@@ -236,6 +238,15 @@ class UNetEncoder(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.time_embed[0].weight.dtype
 
+    def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        """`block(*inputs)`; with `recompute` what is inside is not kept for the way back but computed again.
+
+        Chen et al. 2016 (arXiv:1604.06174).
+        """
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing random in it
+        return block(*inputs)
+
     def encode(
         self, x: Tensor, timesteps: Tensor, context: Tensor, hint: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -249,11 +260,11 @@ class UNetEncoder(nn.Module):
         emb = self.time_embed(timestep_embedding(timesteps, self.config.model_channels).to(self.dtype))
         skips, h = [], x
         for i, block in enumerate(self.input_blocks):
-            h = block(h, emb, context)
+            h = self.run(block, h, emb, context)
             if i == 0 and hint is not None:
                 h = h + hint
             skips.append(h)
-        return self.middle_block(h, emb, context), skips, emb
+        return self.run(self.middle_block, h, emb, context), skips, emb
 
 
 class UNet(UNetEncoder):
@@ -304,7 +315,7 @@ class UNet(UNetEncoder):
             if not only_mid_control:
                 skips = [s + c.to(s.dtype) for s, c in zip(skips, control[:-1], strict=True)]
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
+            h = self.run(block, torch.cat([h, skips.pop()], dim=1), emb, context)
         return self.out(h)
 
     def forward(

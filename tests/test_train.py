@@ -366,3 +366,29 @@ def test_weights_of_min_snr_and_the_arm_of_huber(config):
     assert torch.allclose(loss(min_snr_gamma=5.0), loss() * snr.clamp(max=5) / snr)
     assert torch.allclose(loss(huber=1e3), loss())  # no error is that large: the square
     assert (loss(huber=0.1) < loss()).all()
+
+
+def test_gradient_checkpointing_keeps_less_and_computes_the_same(config):
+    def step(on: bool):
+        model, kept = ControlLDM.from_file(config.base, attach=True), [0]
+        engine = train.assemble(dataclasses.replace(config, gradient_checkpointing=on), model)
+        torch.manual_seed(0)
+        x, noise, hint, context = torch.randn(2, 2, 4, 8, 8).unbind() + (
+            torch.rand(2, 3, 64, 64),
+            torch.randn(2, 77, 64),
+        )
+
+        def keep(t):
+            kept[0] += t.nbytes
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            loss = train.diffusion_loss(model, x, context, hint, torch.tensor([3, 700]), noise).sum()
+        loss.backward()
+        return loss, {k: p.grad for k, p in engine.trained.items()}, kept[0]
+
+    plain, again = step(False), step(True)
+    assert torch.equal(plain[0], again[0]) and all(
+        torch.allclose(g, again[1][k], atol=1e-6) for k, g in plain[1].items()
+    )
+    assert again[2] < plain[2] / 3
