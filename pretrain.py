@@ -7,7 +7,7 @@ UNet learn together, from prompts, to denoise latents: any circle in any named c
 is polished at full size on slightly noisy latents, as a sampler delivers them, while the encoder, and with it the
 meaning of the latents, stays. What the model lacks is what a ControlNet can teach it: *where* the circle goes.
 
-Each stage leaves its weights in the output folder, and is skipped when they are there: an interrupted run goes on with
+Each stage leaves its weights in the work folder, and is skipped when they are there: an interrupted run goes on with
 the stage that it was in.
 """
 
