@@ -118,7 +118,7 @@ DEMO = dict(
     learning_rate=2e-3,
     warmup_steps=20,
     lr_schedule="cosine",
-    timestep_bias=0.6,
+    timestep_bias=0.4,
     even_timesteps=True,
     weight_decay=0.0,
     clip_grad_norm=1.0,
@@ -126,6 +126,7 @@ DEMO = dict(
     log_steps=10,
     validation=16,
     channels_last=True,
+    drop_prompt=0.1,
 )
 # `base`, `vae` and `data` may be other paths on resume, to the same weights and the same rows.
 FIXED_ON_RESUME = (
