@@ -39,7 +39,7 @@ sample: .venv/.run  ## draw with a trained one: [MODEL=] [HINT=] [PROMPT=] [OUT=
 data: .venv/.run  ## make the demo's data set, data/circles
 	$(PY) circles.py make data/circles $(ARGS)
 
-pretrain: .venv/.run  ## make models/tiny_sd.safetensors, the demo's base, from nothing (about an hour on two cores)
+pretrain: .venv/.run  ## make models/tiny_sd.safetensors, the demo's base, from nothing (some hours on two cores)
 	$(PY) pretrain.py $(ARGS)
 
 merge: .venv/.run  ## attach a ControlNet to a Stable Diffusion file: BASE= OUT= [ARGS=]

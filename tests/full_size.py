@@ -64,7 +64,8 @@ def run(*command: object) -> tuple[float, float, float]:
 def write_base(model: str, path: Path) -> None:
     """The published file without ControlNet, in fp32, with the moving average; small values keep outputs tame."""
     parts = ("model.", "first_stage_model.", "cond_stage_model.")
-    tensors = {k: fill(k, tuple(shape), 0.5) for k, shape in inventory(model).items() if k.startswith(parts)}
+    shapes = {k: tuple(shape) for k, shape in inventory(model).items() if k.startswith(parts)}
+    tensors = {k: fill(k, shape, 0.5).reshape(shape) for k, shape in shapes.items()}
     unet = [k for k in tensors if k.startswith("model.")]
     tensors |= {"model_ema." + k.removeprefix("model.").replace(".", ""): tensors[k].clone() for k in unet}
     checkpoint.save_pickle(path, tensors)
