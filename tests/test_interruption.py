@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 def flags(config) -> list[str]:  # noqa: F811
     return [
         "--base", config.base, "--data", config.data, "--out", config.out, "--cache-dir", config.cache_dir, "--steps",
-        "60", "--batch-size", "2", "--accumulate-grad-batches", "2", "--learning-rate", "1e-3", "--logger-freq", "0",
+        "40", "--batch-size", "2", "--accumulate-grad-batches", "2", "--learning-rate", "1e-3", "--logger-freq", "0",
         "--checkpoint-freq", "1", "--workers", "0", "--device", "cpu", "--seed", "5",
     ]  # fmt: skip
 
@@ -47,7 +47,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
 @pytest.fixture
 def whole(config, tmp_path):  # noqa: F811
     """The same run, not interrupted."""
-    settings, *_ = train.parse([*flags(config), "--out", str(tmp_path / "whole"), "--checkpoint-freq", "60"])
+    settings, *_ = train.parse([*flags(config), "--out", str(tmp_path / "whole"), "--checkpoint-freq", "40"])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield train.train(settings)
@@ -58,7 +58,7 @@ def test_killed_at_any_moment_and_resumed_equals_never_stopped(config, whole):  
     """Killed (as by the machine) again and again, with a checkpoint at every step, so also while one is written."""
     run, chance = Path(config.out), random.Random(0)
     arguments = flags(config)
-    for kill in range(4):
+    for kill in range(3):
         process = start(*arguments)
         wait_for_step(run, 5 + 10 * kill, process)
         time.sleep(chance.random() * 0.5)
@@ -80,8 +80,8 @@ def test_asked_to_stop_it_saves_says_how_to_go_on_and_ends_well(config, whole, n
     process.send_signal(number)
     said = process.communicate()[0]
     step = json.loads((checkpoint.newest(run) / "state.json").read_text())["step"]
-    assert process.returncode == 0 and 7 <= step < 60, said
-    assert f"stopped at step {step} of 60" in said and f"train.py --resume {run}" in said
+    assert process.returncode == 0 and 7 <= step < 40, said
+    assert f"stopped at step {step} of 40" in said and f"train.py --resume {run}" in said
     train.train(train.parse(["--resume", str(run)])[0], resume=run)
     assert equal(weights(run), weights(whole)) and losses(run) == losses(whole)
 
