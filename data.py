@@ -24,16 +24,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
-
-if TYPE_CHECKING:
-    from frozen import Frozen
 
 RESAMPLE = {"area": Image.Resampling.BOX, "nearest": Image.Resampling.NEAREST}
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -389,6 +386,14 @@ class Chance:
         return min(high, low + int((high - low + 1) * u**self.timestep_bias))
 
 
+class Once(Protocol):
+    """What was computed once for a data set (`frozen.Frozen` is it), by item."""
+
+    def moments(self, i: int) -> Tensor: ...
+
+    def context(self, i: int, prompt: str) -> Tensor: ...
+
+
 class Samples(torch.utils.data.Dataset):
     """Sample n of a run, n counting over all its steps, ranks and micro-batches.
 
@@ -405,7 +410,7 @@ class Samples(torch.utils.data.Dataset):
         seed: int,
         latent_shape: tuple[int, int, int],
         chance: Chance = Chance(),
-        frozen: "Frozen | None" = None,
+        frozen: Once | None = None,
     ):
         self.triples, self.indices, self.seed, self.latent_shape = triples, list(indices), seed, latent_shape
         self.chance, self.frozen = chance, frozen

@@ -90,9 +90,10 @@ def extract(source: str) -> tuple[State, Path]:
     return take(path, CONTROL), path
 
 
-def difference(control: State, base: str) -> State:
-    """A ControlNet as what it has more than the UNet of `base`, in the form that Automatic1111 and ComfyUI read."""
-    state = gather(base)
+def difference(control: State, base: str, ema: bool = False) -> State:
+    """A ControlNet as what it has more than the UNet of `base`, in the form that Automatic1111 and ComfyUI read. `ema`:
+    than that UNet's moving average, where the ControlNet began as a copy of it."""
+    state = gather(base, ema=ema)
     check_twins("the ControlNet", control, base, state)
     return add_encoder(control, state, sign=-1) | {DIFFERENCE: torch.ones(1)}
 
@@ -325,7 +326,8 @@ def main(argv: list[str] | None = None) -> None:
         if folder and args.difference:
             raise CheckpointError("differences are Automatic1111's and ComfyUI's form; diffusers has none")
         files = control_folder(state, detect(path, state, CONTROL)) if folder else {}
-        state = difference(state, args.difference) if args.difference else state
+        ema = checkpoint.is_run(args.input) and checkpoint.load_run(args.input).get("ema", False)
+        state = difference(state, args.difference, ema) if args.difference else state
     elif args.command == "transfer":
         state, metadata = transfer(args.from_base, args.control, args.to_base), checkpoint.load_metadata(args.to_base)
     else:
