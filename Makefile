@@ -50,7 +50,7 @@ bench: .venv/.run  ## measure the training step on this machine: [ARGS=]
 
 test: .venv/.dev  ## lint, then all tests
 	@$(PY) -m ruff check --quiet . && $(PY) -m ruff format --check --quiet .
-	$(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses=auto --dist=worksteal $(ARGS)
 
 lint: .venv/.dev  ## ruff alone
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -11,6 +11,7 @@ Reading maps the file where it can: tensors are views of the page cache, and wei
 loaded.
 """
 
+import functools
 import json
 import math
 import mmap
@@ -450,7 +451,7 @@ def newest(run: str | Path) -> Path:
 
 def save_training(
     run: str | Path,
-    weights: Mapping[str, Tensor],
+    files: Mapping[str, Mapping[str, Tensor]],
     metadata: Mapping[str, str],
     trained: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
@@ -462,17 +463,24 @@ def save_training(
     """Write `checkpoints/step-XXXXXX` of a run, whole or not at all, then drop all but the newest `keep` (0: none) and
     those of every `every` steps (0: none).
 
-    `weights` go to `trained.safetensors`; the optimizer's state of `trained`, keyed by parameter name, to
-    `optimizer.safetensors`; `state` (with `step`) and the scaler's to `state.json`.
+    `files`, by name, are weights, each with `metadata`; the optimizer's state of `trained`, keyed by parameter name,
+    goes to `optimizer.safetensors`; `state` (with `step`) and the scaler's to `state.json`.
     """
     names = {id(p): name for name, p in trained.items()}
-    moments = {f"{k}:{names[id(p)]}": v for p, entry in optimizer.state.items() for k, v in entry.items()}
+    moments = {
+        f"{k}:{names[id(p)]}": torch.as_tensor(v, dtype=None if isinstance(v, Tensor) else torch.float32)
+        for p, entry in optimizer.state.items()
+        for k, v in entry.items()
+    }
     text = json.dumps(state | {"scaler": scaler.state_dict()}, indent=2) + "\n"
     folder = Path(run) / "checkpoints" / f"step-{state['step']:06d}"
     write_folder(
         folder,
         {
-            "trained.safetensors": lambda p: write_safetensors(p, weights, metadata),
+            **{
+                f"{name}.safetensors": functools.partial(write_safetensors, tensors=weights, metadata=metadata)
+                for name, weights in files.items()
+            },
             "optimizer.safetensors": lambda p: write_safetensors(p, moments, {}),
             "state.json": lambda p: p.write_text(text),
         },
@@ -484,26 +492,27 @@ def save_training(
 
 
 def restore_training(
-    folder: Path, trained: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-) -> dict[str, Any]:
-    """Bring optimizer and scaler back to a checkpoint (the weights come with the model) and return its `state.json`.
+    folder: Path,
+    trained: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    adopt: Callable[[dict[str, Tensor], Tensor, torch.optim.Optimizer], dict[str, Any]],
+) -> None:
+    """Bring optimizer and scaler back to a checkpoint (the weights come with the model).
 
-    Parameters that did not train then start afresh.
+    `adopt(state, p, optimizer)` makes the saved state of a parameter the optimizer's own. Those that did not train then
+    start afresh.
     """
-    state = json.loads((folder / "state.json").read_text())
-    if state["scaler"] and scaler.is_enabled():
-        scaler.load_state_dict(state["scaler"])
+    grown = load_json(folder / "state.json")["scaler"]
+    if grown and scaler.is_enabled():
+        scaler.load_state_dict(grown)
     moments: dict[str, dict[str, Tensor]] = {}
     for key, value in load_state_dict(folder / "optimizer.safetensors").items():
         kind, name = key.split(":", 1)
         moments.setdefault(name, {})[kind] = value
     for name, p in trained.items():
-        if name in moments:  # into the parameter's own memory order: fused AdamW walks both together
-            optimizer.state[p] = {
-                k: torch.empty_like(p).copy_(v) if v.shape == p.shape else v.clone().to(p.device)
-                for k, v in moments[name].items()
-            }
+        if name in moments:
+            optimizer.state[p] = adopt(moments[name], p, optimizer)
     fresh = len(trained.keys() - moments.keys())
     if fresh:
         print(f"{fresh} of {len(trained)} trained tensors did not train before; their optimizer state starts afresh")
-    return state

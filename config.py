@@ -8,8 +8,9 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +21,25 @@ from checkpoint import CheckpointError
 from controlnet import PRECISIONS
 
 TINY_BASE = Path(__file__).parent / "models" / "tiny_sd.safetensors"
+# `--memory`: what each setting about memory is, unless it is given by itself. From the fastest to the leanest.
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": dict(
+        precision="fp32", gradient_checkpointing=False, trained_weights="fp32", optimizer_bits=32,
+        optimizer_on_cpu=False, stream=False, encode_batch_size=8,
+    ),
+    "8gb": dict(
+        precision="bf16", gradient_checkpointing=True, trained_weights="fp32", optimizer_bits=8,
+        optimizer_on_cpu=False, stream=False, encode_batch_size=2,
+    ),
+    "6gb": dict(
+        precision="bf16", gradient_checkpointing=True, trained_weights="bf16", optimizer_bits=8,
+        optimizer_on_cpu=False, stream=False, encode_batch_size=1,
+    ),
+    "4gb": dict(
+        precision="bf16", gradient_checkpointing=True, trained_weights="bf16", optimizer_bits=32,
+        optimizer_on_cpu=True, stream=True, encode_batch_size=1,
+    ),
+}  # fmt: skip
 
 
 def setting(default: Any, group: str, text: str, choices: Sequence[str] | None = None) -> Any:
@@ -61,15 +81,36 @@ class Config:
     )
     weight_decay: float = setting(1e-2, "optimisation", "of AdamW")
     clip_grad_norm: float = setting(0.0, "optimisation", "largest norm of the gradient; 0 turns clipping off")
-    precision: str = setting("fp32", "optimisation", "of the computation; trained weights stay fp32", tuple(PRECISIONS))
-    gradient_checkpointing: bool = setting(
-        False, "optimisation", "keep less for the way back, compute it again: slower"
+    ema_decay: float = setting(
+        0.0, "optimisation", "keep a moving average of what trains, to draw and export (0.999); 0: none"
     )
     channels_last: bool = setting(
         False, "optimisation", "keep the channels of images and weights side by side in memory"
     )
+    compile: bool = setting(False, "optimisation", "let torch.compile make the kernels: minutes first, then faster")
+    deterministic: bool = setting(False, "optimisation", "on a GPU: the same run twice gives the same bits; slower")
     seed: int = setting(0, "optimisation", "all randomness is a function of it and of the sample's number")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "optimisation", "where to compute")
+
+    memory: str = setting(
+        "auto", "memory", "a preset for what follows; auto: the first of them that fits the GPU", ("auto", *PRESETS)
+    )
+    precision: str | None = setting(None, "memory", "of the computation, and of frozen weights", tuple(PRECISIONS))
+    gradient_checkpointing: bool | None = setting(
+        None, "memory", "keep less for the way back and compute it again: a third slower, much leaner"
+    )
+    trained_weights: str | None = setting(
+        None, "memory", "of what trains; bf16 is rounded stochastically", ("fp32", "bf16", "fp16")
+    )
+    optimizer_bits: int | None = setting(None, "memory", "of each of AdamW's moments", (32, 8))
+    optimizer_on_cpu: bool | None = setting(
+        None, "memory", "optimizer, its state and fp32 weights stay in the CPU's memory (16 bytes a trained weight)"
+    )
+    stream: bool | None = setting(None, "memory", "frozen blocks stay in the CPU's memory and come when needed")
+    encode_batch_size: int | None = setting(None, "memory", "images that the VAE encodes at once")
+    attention_slice: int = setting(
+        0, "memory", "attend from so many positions at once, where attention has no fused kernel; 0: all"
+    )
 
     drop_prompt: float = setting(0.0, "what a step sees", "part of the prompts that is emptied (the paper: 0.5)")
     drop_hint: float = setting(0.0, "what a step sees", "part of the hints that is blacked out")
@@ -79,11 +120,13 @@ class Config:
     max_timestep: int = setting(0, "what a step sees", "highest timestep; 0: the last")
     noise_offset: float = setting(0.0, "what a step sees", "adds so much noise that is equal all over a channel (0.1)")
     min_snr_gamma: float = setting(0.0, "what a step sees", "weighs timesteps by min-SNR with this gamma (5); 0: alike")
+    zero_terminal_snr: bool = setting(
+        False, "what a step sees", "for v models: end the schedule in pure noise (Lin et al. 2023)"
+    )
     huber: float = setting(0.0, "what a step sees", "from this error on the loss grows linearly; 0: always the square")
 
     cache: bool = setting(True, "frozen work", "compute the VAE's and text tower's outputs once; off: at every step")
     cache_dir: str = setting("data/.cache", "frozen work", "where they are kept; runs share them")
-    encode_batch_size: int = setting(8, "frozen work", "images that the VAE encodes at once")
     workers: int = setting(
         2 if torch.cuda.is_available() else 0, "frozen work", "processes that load samples ahead; 0: none"
     )
@@ -101,6 +144,7 @@ class Config:
     log_images: int = setting(4, "watching", "of these, how many are drawn in the image log")
     log_steps: int = setting(50, "watching", "denoising steps of the image log")
     guidance: float = setting(0.0, "watching", "guidance scale of the image log; 0: what suits the model (9 for SD)")
+    tensorboard: bool = setting(False, "watching", "write the metrics for TensorBoard too, if it is installed")
 
     @property
     def batch(self) -> int:
@@ -131,15 +175,24 @@ DEMO = dict(
 # `base`, `vae` and `data` may be other paths on resume, to the same weights and the same rows.
 FIXED_ON_RESUME = (
     "resolution", "hint_channels", "hint_resample", "prediction", "control", "ema", "clip_skip", "seed", "validation",
+    "zero_terminal_snr",
 )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------- flags
-def parse(argv: list[str] | None) -> tuple[Config, str | None, bool]:
-    """Flags -> configuration, the run to resume if any, whether to overwrite one.
+class Asked(NamedTuple):
+    """What a command line asks for."""
 
-    Later wins: defaults, demo or resumed run, flags.
-    """
+    config: Config
+    resume: str | None  # the run to go on with
+    overwrite: bool
+    plan: bool  # tell what it would take, train nothing
+    vram: float | None  # of the GPU that is planned for, GiB
+    rate: float | None  # images a second that it makes
+
+
+def parse(argv: list[str] | None) -> Asked:
+    """Flags -> what is asked for. Later wins: defaults, demo or resumed run, flags."""
     parser = argparse.ArgumentParser(
         description="Train a ControlNet. Without --base and --data: the demo, circles on the tiny base.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -147,23 +200,29 @@ def parse(argv: list[str] | None) -> tuple[Config, str | None, bool]:
     )
     parser.add_argument("--resume", metavar="RUN", help="folder of a run to go on with")
     parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    plan = parser.add_argument_group("what it would take")
+    plan.add_argument("--plan", action="store_true", help="tell memory, arithmetic, disk and time, and train nothing")
+    plan.add_argument("--vram", type=float, metavar="GIB", help="memory of the GPU: name the fastest preset that fits")
+    plan.add_argument("--rate", type=float, metavar="N", help="images a second that it makes, to tell the time")
     groups = {}
     for f in dataclasses.fields(Config):
         name, text = f.metadata["group"], f.metadata["help"]
         group = groups.setdefault(name, parser.add_argument_group(name))
-        default = f" (default: {f.default})" if f.default != "" else ""
+        default = f" (default: {f.default})" if f.default not in ("", None) else ""
+        kind = type(PRESETS["fast"].get(f.name, f.default))
         flag = "--" + f.name.replace("_", "-")
-        if f.type is bool or f.type == "bool":
+        if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text + default)
         else:
-            kind = {"int": int, "float": float, "str": str}[f.type if isinstance(f.type, str) else f.type.__name__]
             group.add_argument(flag, type=kind, choices=f.metadata["choices"], help=text + default)
     given = vars(parser.parse_args(argv))
-    resume, overwrite = given.pop("resume", None), given.pop("overwrite", False)
+    resume, overwrite, *about = (given.pop(k, None) for k in ("resume", "overwrite", "plan", "vram", "rate"))
     if resume:
         if overwrite or "out" in given:
             raise CheckpointError("--resume goes on in the run's own folder: no --out, no --overwrite")
         settings = {k: v for k, v in checkpoint.load_run(resume).items() if k in Config.__dataclass_fields__}
+        if "memory" in given:
+            settings = {k: v for k, v in settings.items() if k not in PRESETS["fast"]}
         plain = lambda k, v: data.parse_resolution(v) if k == "resolution" else v
         changed = [k for k in FIXED_ON_RESUME if k in given and plain(k, given[k]) != plain(k, settings[k])]
         if changed:
@@ -172,14 +231,27 @@ def parse(argv: list[str] | None) -> tuple[Config, str | None, bool]:
             )
     elif "base" not in given and "data" not in given:
         settings = dict(DEMO)
+    elif "base" in given and about[0]:  # a plan needs no data
+        settings = {"out": "runs/plan"}
     elif "base" in given and "data" in given:
         settings = {"out": f"runs/{Path(given['data']).resolve().name}"}
     else:
         raise CheckpointError(
             "give --base (a Stable Diffusion file) and --data (a folder) both, or neither for the demo"
         )
-    config = Config(**(settings | given))
-    return config, resume, overwrite
+    plan, vram, rate = about
+    return Asked(Config(**(settings | given)), resume, bool(overwrite), bool(plan or vram or rate), vram, rate)
+
+
+def resolve(config: Config, preset: str) -> Config:
+    """`config` with what is not given by itself filled in from `preset`. GPUs that do not know bf16 compute in fp16, in
+    which weights can be moved on the CPU alone."""
+    filled = {k: v for k, v in PRESETS[preset].items() if getattr(config, k) is None}
+    if filled.get("precision") == "bf16" and "cuda" in config.device and not torch.cuda.is_bf16_supported(False):
+        filled["precision"] = "fp16"
+        if "trained_weights" in filled:
+            filled["trained_weights"] = "fp16" if PRESETS[preset]["optimizer_on_cpu"] else "fp32"
+    return dataclasses.replace(config, **filled)
 
 
 def validate(config: Config) -> None:
@@ -199,13 +271,26 @@ def validate(config: Config) -> None:
     ):
         if getattr(config, name) < 1:
             raise CheckpointError(f"--{name.replace('_', '-')} is {getattr(config, name)}, should be 1 or more")
-    for name in ("drop_prompt", "drop_hint"):
-        if not 0 <= getattr(config, name) <= 1:
+    for name in ("drop_prompt", "drop_hint", "ema_decay"):
+        if not 0 <= getattr(config, name) <= (1 if name != "ema_decay" else 0.99999):
             raise CheckpointError(f"--{name.replace('_', '-')} is {getattr(config, name)}, should be 0 to 1")
     if not 0 <= config.min_timestep <= (config.max_timestep or 999) <= 999 or config.timestep_bias <= 0:
         raise CheckpointError(
             f"--min-timestep {config.min_timestep}, --max-timestep {config.max_timestep}, --timestep-bias "
             f"{config.timestep_bias}: 0 <= min <= max <= 999 and a bias above 0 are needed"
         )
+    if config.stream and not config.gradient_checkpointing:
+        raise CheckpointError("--stream holds weights for one block at a time: it needs --gradient-checkpointing")
+    if config.trained_weights not in ("fp32", config.precision):
+        raise CheckpointError(
+            f"--trained-weights {config.trained_weights} needs --precision {config.trained_weights}, not "
+            f"{config.precision}"
+        )
+    if config.trained_weights == "fp16" and not config.optimizer_on_cpu:
+        raise CheckpointError("--trained-weights fp16 needs --optimizer-on-cpu, which moves them in fp32; or take bf16")
+    if config.compile and config.stream:
+        raise CheckpointError("--compile and --stream exclude each other: compiled kernels need their weights in place")
+    if config.tensorboard and not find_spec("tensorboard"):
+        raise CheckpointError("--tensorboard: the package is not there; pip install tensorboard, or leave the flag out")
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise CheckpointError(f"--device {config.device}: this PyTorch sees no GPU; --device cpu works, slowly")

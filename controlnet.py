@@ -82,8 +82,8 @@ class ControlNet(UNetEncoder):
         """
         guided = self.run(self.input_hint_block, hint.to(self.dtype))
         h, skips, _ = self.encode(x, timesteps, context, guided)
-        residuals = [] if only_mid_control else [conv(s) for conv, s in zip(self.zero_convs, skips, strict=True)]
-        return [*residuals, self.middle_block_out(h)]
+        convs = () if only_mid_control else zip(self.zero_convs, skips, strict=True)
+        return [*(self.run(conv, skip) for conv, skip in convs), self.run(self.middle_block_out, h)]
 
 
 def new_weights(
@@ -122,6 +122,7 @@ class ModelConfig:
     scale_factor: float = 0.18215  # latents are the VAE's times this
     linear_start: float = 0.00085  # the noise schedule's betas go from here ...
     linear_end: float = 0.012  # ... to here, linear in their square roots
+    zero_terminal_snr: bool = False  # stretched so that it ends in pure noise
     timesteps: int = 1000
     hint_widths: tuple[int, int, int, int] = HINT_WIDTHS
     hint_gain: float = 1.0  # scale of the hint encoder's initial weights
@@ -182,7 +183,15 @@ SD21_V = ModelConfig("sd21_v", **_SD2, prediction="v", resolution=768)
 TINY = ModelConfig("tiny", **_TINY)
 MODELS = {model.name: model for model in (SD15, SD21, SD21_V, TINY)}
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def use_precision(name: str) -> torch.dtype:
+    """The type of PRECISIONS to compute in. "tf32" is float32 whose factors a GPU rounds to 10 bits when it multiplies
+    matrices, which is a setting of the whole process."""
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = name == "tf32"
+    return PRECISIONS[name]
 
 
 def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -247,19 +256,24 @@ def gather(
     control: str | Path | None = None,
     vae: str | Path | None = None,
     ema: bool = False,
+    averaged: bool = True,
 ) -> dict[str, Tensor]:
     """All tensors of a model in original names, put together from what each of these says.
 
     `path`: a Stable Diffusion file or diffusers folder; or the folder of a training run, which stands for its base with
     the newest checkpoint's weights over it. `base`: with a run, another base than its own. `control`: a file or folder
     with a ControlNet (also as a difference to the UNet) that joins, or replaces, the model's. `vae`: the same for the
-    VAE. `ema`: take the UNet's moving average (`model_ema.*`) for its weights.
+    VAE. `ema`: take the UNet's moving average (`model_ema.*`) for its weights. `averaged`: of a run that keeps a moving
+    average of what it trains, take that.
     """
     path, trained = Path(path), {}
     if checkpoint.is_run(path):
         if control:
             raise CheckpointError(f"{path}: a run has its own ControlNet; --control {control} goes with a base model")
-        trained = checkpoint.load_state_dict(checkpoint.newest(path) / "trained.safetensors")
+        folder = checkpoint.newest(path)
+        trained = checkpoint.load_state_dict(folder / "trained.safetensors")
+        if averaged and (folder / "average.safetensors").exists():
+            trained |= checkpoint.load_state_dict(folder / "average.safetensors")
         run, path = path, Path(base or checkpoint.load_run(path)["base"])
         if not path.exists():
             raise CheckpointError(f"{run}: its base {path} is not there; --base FILE says where it is now")
@@ -330,11 +344,14 @@ def read_model(
     ema: bool = False,
     prediction: str = "auto",
     clip_skip: int | None = None,
+    zero_terminal_snr: bool = False,
+    averaged: bool = True,
 ) -> tuple[dict[str, Tensor], ModelConfig]:
     """A model's tensors, put together as `gather` does, and which model they are.
 
     What a run was trained with stands where nothing else is said. `prediction` ("eps" or "v") says what a file cannot
     tell (SD 2.1 at 768 px is "v"). `clip_skip`: 2 leaves out the text tower's last layer, 3 the last two, ...
+    `zero_terminal_snr`: the schedule is stretched to end in pure noise.
     """
     path = Path(path)
     if checkpoint.is_run(path):
@@ -342,11 +359,15 @@ def read_model(
         base, vae, ema = base or run["base"], vae or run.get("vae"), ema or run.get("ema", False)
         clip_skip = run.get("clip_skip", 1) if clip_skip is None else clip_skip
         prediction = run.get("prediction", "auto") if prediction == "auto" else prediction
+        zero_terminal_snr = zero_terminal_snr or run.get("zero_terminal_snr", False)
     elif base:
         raise CheckpointError(f"--base goes with the folder of a run; {path} is a whole model by itself")
-    state = gather(path, base, control, vae, ema)
+    state = gather(path, base, control, vae, ema, averaged)
     source = Path(base) if checkpoint.is_run(path) else path
-    return state, configure(source, detect(source, state), prediction, clip_skip or 1)
+    config = configure(source, detect(source, state), prediction, clip_skip or 1)
+    if zero_terminal_snr and config.prediction != "v":
+        raise CheckpointError(f"{path}: predicts eps, which says nothing at zero SNR; that schedule is for v models")
+    return state, dataclasses.replace(config, zero_terminal_snr=zero_terminal_snr or config.zero_terminal_snr)
 
 
 def configure(path: Path, config: ModelConfig, prediction: str, clip_skip: int) -> ModelConfig:
@@ -409,6 +430,7 @@ class ControlLDM(nn.Module):
         cls, path: str | Path, attach: bool = False, hint_channels: int | None = None, prediction: str = "auto",
         seed: int = 0, base: str | Path | None = None, control: str | Path | None = None,
         vae: str | Path | None = None, ema: bool = False, clip_skip: int | None = None,
+        zero_terminal_snr: bool = False, averaged: bool = True,
     ) -> "ControlLDM":  # fmt: skip
         """Build the model that `path` holds, in float32, on the CPU.
 
@@ -416,7 +438,7 @@ class ControlLDM(nn.Module):
         initialised from `seed`. The others: see `read_model`.
         """
         path = Path(path)
-        state, config = read_model(path, base, control, vae, ema, prediction, clip_skip)
+        state, config = read_model(path, base, control, vae, ema, prediction, clip_skip, zero_terminal_snr, averaged)
         own = part(state, CONTROL)
         if own:
             first = own.get("input_hint_block.0.weight")
@@ -442,7 +464,7 @@ class ControlLDM(nn.Module):
 
     def encode_prompts(self, prompts: str | list[str]) -> Tensor:
         """B prompts -> context (B,77,D)."""
-        return self.text(self.tokenizer(prompts).to(self.device))
+        return self.text(self.tokenizer(prompts).to(self.text.text_model.final_layer_norm.weight.device))
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """Draw latents (B,4,h,w), scaled for the UNet, from the VAE's moments with standard normal `noise`."""

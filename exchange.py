@@ -281,8 +281,8 @@ def text_config(config: TextConfig) -> dict[str, Any]:
     }
 
 
-def scheduler_config(start: float, end: float, timesteps: int, prediction: str) -> dict[str, Any]:
-    """`scheduler/scheduler_config.json`: DDIM with the original's spacing."""
+def scheduler_config(start: float, end: float, timesteps: int, prediction: str, zero_snr: bool) -> dict[str, Any]:
+    """`scheduler/scheduler_config.json`: DDIM with the original's spacing, or what a schedule of zero SNR needs."""
     return {
         "_class_name": "DDIMScheduler",
         "beta_start": start,
@@ -290,7 +290,8 @@ def scheduler_config(start: float, end: float, timesteps: int, prediction: str) 
         "beta_schedule": "scaled_linear",
         "num_train_timesteps": timesteps,
         "prediction_type": {"eps": "epsilon", "v": "v_prediction"}[prediction],
-        "timestep_spacing": "leading",
+        "timestep_spacing": "trailing" if zero_snr else "leading",
+        "rescale_betas_zero_snr": zero_snr,
         "steps_offset": 1,
         "set_alpha_to_one": False,
         "clip_sample": False,

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -137,7 +138,7 @@ def freeze(model: ControlLDM, triples: Fill50K | Triples, root: str | Path, batc
 
     def encode(positions: list[int]) -> Tensor:
         images = torch.stack([to_tensor(triples.image(i)) for i in positions])
-        return vae.moments(images.to(model.device, dtype))
+        return vae.moments(images.to(vae.quant_conv.weight.device, dtype))
 
     shape = (2 * model.config.vae.z_channels, height // vae.factor, width // vae.factor)
     weights = fingerprint(vae, VAE_ENCODER)
@@ -148,3 +149,17 @@ def freeze(model: ControlLDM, triples: Fill50K | Triples, root: str | Path, batc
     encode_text = lambda positions: model.encode_prompts([unique[i] for i in positions])
     contexts.fill([digest(p) for p in unique], encode_text, 64, "prompts")
     return Frozen(latents, keys, contexts)
+
+
+@torch.no_grad()
+def inputs(model: ControlLDM, batch: dict[str, Any], device: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A batch of samples -> latents, context, hint, timesteps, noise, as the loss takes them: what was computed once
+    from the cache, otherwise from the image and the prompt; the posterior is drawn from here."""
+    move = lambda x: x.to(device, non_blocking=True)
+    if "moments" in batch:
+        moments = move(batch["moments"])
+    else:
+        moments = model.vae.moments(move(batch["image"]).to(model.vae.quant_conv.weight.dtype))
+    context = move(batch["context"]) if "context" in batch else model.encode_prompts(batch["prompt"])
+    latents = model.latents(moments.float(), move(batch["posterior"]))
+    return latents, context, move(batch["hint"]), move(batch["timestep"]), move(batch["noise"])

@@ -6,6 +6,7 @@ with labelled columns, and `curves.png` with the loss and the control gain.
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +77,25 @@ def _wrap(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:
 class Metrics:
     """`metrics.jsonl` of a run: a line a step, each a dict with `step` and what was measured at it."""
 
-    def __init__(self, run: str | Path, step: int = 0):
-        """Open for appending; lines after `step` (of a run that was stopped past its checkpoint) are cut off."""
+    def __init__(self, run: str | Path, step: int = 0, tensorboard: bool = False):
+        """Open for appending; lines after `step` (of a run that was stopped past its checkpoint) are cut off.
+        `tensorboard`: write the same to `tensorboard/` in the run's folder."""
         self.path = Path(run) / "metrics.jsonl"
         self.lines = [entry for entry in read_metrics(run) if entry["step"] <= step]
         kept = "".join(json.dumps(entry) + "\n" for entry in self.lines)
         self.path.write_text(kept)
+        self.board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(Path(run) / "tensorboard"), purge_step=step + 1)
 
     def add(self, step: int, **values: Any) -> None:
         self.lines.append({"step": step, **values})
+        for name, value in values.items() if self.board else ():
+            self.board.add_scalar(name, value, step)
+        if self.board:
+            self.board.flush()
         with open(self.path, "a") as f:
             f.write(json.dumps(self.lines[-1]) + "\n")
 
@@ -119,13 +130,20 @@ class Meter:
 
     Every `every` steps (0: never) it asks `losses() -> (right hints, other hints)` on the fixed validation batch,
     writes the control gain, 1 - right / other, to the metrics, lets `draw(path)` save the image log, and tells of the
-    jump.
+    jump. All of it inside of `within()`, where the model has the weights that are to be measured.
     """
 
     def __init__(
-        self, run: Path, metrics: Metrics, every: int, losses: Callable[[], tuple], draw: Callable[[Path], None]
+        self,
+        run: Path,
+        metrics: Metrics,
+        every: int,
+        losses: Callable[[], tuple],
+        draw: Callable[[Path], None],
+        within: Callable[[], AbstractContextManager],
     ):
-        self.run, self.metrics, self.every, self.losses, self.draw = run, metrics, every, losses, draw
+        self.run, self.metrics, self.every = run, metrics, every
+        self.losses, self.draw, self.within = losses, draw, within
         self.last = ""
         self.told = sudden_convergence(*metrics.series("control_gain")) is not None
 
@@ -133,12 +151,13 @@ class Meter:
         """Measure if it is time; a resumed run does not repeat what the stopped one measured."""
         if not self.every or (step % self.every and not last) or step in self.metrics.series("control_gain")[0]:
             return
-        right, other = self.losses()
-        gain = 1 - right / other
-        self.metrics.add(step, val_loss=right, val_loss_other_hints=other, control_gain=gain)
-        self.last = f", control gain {gain:.3f}"
-        tqdm.write(f"step {step}: validation loss {right:.4f}, control gain {gain:.3f}")
-        self.draw(self.run / "image_log" / f"step-{step:06d}.png")
+        with self.within():
+            right, other = self.losses()
+            gain = 1 - right / other
+            self.metrics.add(step, val_loss=right, val_loss_other_hints=other, control_gain=gain)
+            self.last = f", control gain {gain:.3f}"
+            tqdm.write(f"step {step}: validation loss {right:.4f}, control gain {gain:.3f}")
+            self.draw(self.run / "image_log" / f"step-{step:06d}.png")
         save_curves(self.run / "curves.png", self.metrics)
         at = sudden_convergence(*self.metrics.series("control_gain"))
         if at is not None and not self.told:

@@ -150,7 +150,7 @@ def diffusers_folder(state: State, config: ModelConfig) -> dict[str, Any]:
         raise CheckpointError(f"not a whole model: {lacking[0]}")
     weights, side = "diffusion_pytorch_model.safetensors", config.resolution
     upcast = config.unet.use_linear_in_transformer and config.prediction == "v"
-    schedule = (config.linear_start, config.linear_end, config.timesteps, config.prediction)
+    schedule = (config.linear_start, config.linear_end, config.timesteps, config.prediction, config.zero_terminal_snr)
     files = {
         "model_index.json": exchange.model_index(bool(control)),
         "scheduler/scheduler_config.json": exchange.scheduler_config(*schedule),

@@ -26,20 +26,30 @@ import checkpoint
 import data
 import log
 from checkpoint import CheckpointError
-from controlnet import PRECISIONS, SD15, ControlLDM, ModelConfig
+from controlnet import PRECISIONS, SD15, ControlLDM, ModelConfig, use_precision
 
 EpsModel = Callable[[Tensor, Tensor], Tensor]  # (x (B,4,h,w), t (B,) int64) -> eps (B,4,h,w)
 
 
 # ---------------------------------------------------------------------------------------------------------- schedule
-@lru_cache
 def alphas_cumprod(config: ModelConfig = SD15, device: torch.device | str = "cpu") -> Tensor:
-    """(timesteps,) float32: how much of the signal's power is left at each timestep. Betas linear in square root.
+    """(timesteps,) float32: how much of the signal's power is left at each timestep. Betas linear in square root."""
+    return torch.from_numpy(_alphas(config)).float().to(device)
 
-    The same tensor at every call with the same arguments: do not write into it.
-    """
+
+@lru_cache
+def _alphas(config: ModelConfig) -> np.ndarray:
     roots = np.linspace(config.linear_start**0.5, config.linear_end**0.5, config.timesteps, dtype=np.float64)
-    return torch.from_numpy(np.cumprod(1 - roots**2)).float().to(device)
+    alphas = np.cumprod(1 - roots**2)
+    return zero_terminal_snr(alphas) if config.zero_terminal_snr else alphas
+
+
+def zero_terminal_snr(alphas: np.ndarray) -> np.ndarray:
+    """Stretch a schedule so that it begins where it began and ends in pure noise (Lin et al. 2023, arXiv:2305.08891,
+    algorithm 1). The last value is 2^-24, next to nothing, for solvers that divide by it."""
+    roots = np.sqrt(alphas)
+    roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+    return np.maximum(roots**2, 2.0**-24)
 
 
 def q_sample(x0: Tensor, noise: Tensor, alphas: Tensor) -> Tensor:
@@ -54,14 +64,17 @@ def velocity(x0: Tensor, noise: Tensor, alphas: Tensor) -> Tensor:
     return a.sqrt() * noise - (1 - a).sqrt() * x0
 
 
-def ddim_timesteps(steps: int, total: int = 1000) -> np.ndarray:
-    """`steps` distinct timesteps in 1..total-1, ascending.
+def ddim_timesteps(steps: int, total: int = 1000, trailing: bool = False) -> np.ndarray:
+    """`steps` distinct timesteps in 1..total-1, ascending. `trailing`: the last is total - 1, which a schedule of zero
+    terminal SNR begins to draw from.
 
     Where `steps` divides `total` they are the original's, range(0, total, total // steps) + 1. Its formula gives too
     many values or runs past the end for other counts; those are spread evenly instead.
     """
     if not 1 <= steps < total:
         raise ValueError(f"sampling takes 1 to {total - 1} steps, not {steps}")
+    if trailing:
+        return np.round(np.arange(1, steps + 1) * total / steps).astype(np.int64) - 1
     if total % steps == 0:
         return np.arange(0, total, total // steps) + 1
     return np.arange(steps) * total // steps + 1
@@ -89,14 +102,16 @@ def ddim(
     alphas: Tensor | None = None,
     generators: Sequence[torch.Generator] | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
+    trailing: bool = False,
 ) -> Tensor:
     """Denoise x_T (B,4,h,w), standard normal, in `steps` steps; returns latents of the same shape.
 
     `eta` 0 is deterministic, 1 is as random as DDPM (noise from `generators`, one a sample, on the CPU). `alphas`: the
-    schedule, Stable Diffusion's by default. `progress` wraps the list of steps (tqdm). The last step ends at alphas[0].
+    schedule, Stable Diffusion's by default. `progress` wraps the list of steps (tqdm). `trailing`: see
+    `ddim_timesteps`. The last step ends at alphas[0].
     """
     alphas = (alphas_cumprod() if alphas is None else alphas).cpu().double()
-    timesteps = ddim_timesteps(steps, len(alphas))
+    timesteps = ddim_timesteps(steps, len(alphas), trailing)
     x = x_T
     for i in progress(range(steps - 1, -1, -1)):
         t = int(timesteps[i])
@@ -116,13 +131,14 @@ def dpm_solver(
     steps: int,
     alphas: Tensor | None = None,
     progress: Callable[[Iterable], Iterable] = iter,
+    trailing: bool = False,
 ) -> Tensor:
     """DPM-Solver++ (2M): as `ddim`, with a second-order step in the log signal-to-noise ratio; deterministic.
 
     The first step and the last, which is a long one in that ratio, are of first order.
     """
     alphas = (alphas_cumprod() if alphas is None else alphas).cpu().double()
-    timesteps = ddim_timesteps(steps, len(alphas))
+    timesteps = ddim_timesteps(steps, len(alphas), trailing)
     x, x0_before, lam_before = x_T, None, 0.0
     log_snr = lambda a: 0.5 * (math.log(a) - math.log1p(-a))  # log(sqrt(a) / sqrt(1-a))
     for i in progress(range(steps - 1, -1, -1)):
@@ -223,10 +239,10 @@ def sample(
     scale = model.config.guidance if scale is None else scale
     hint = None if hint is None else hint.to(model.device)
     eps_model = guided(model, context, negative, hint, scale, **control)
-    alphas = alphas_cumprod(model.config)
+    alphas, trailing = alphas_cumprod(model.config), model.config.zero_terminal_snr
     if solver == "dpm":
-        return dpm_solver(eps_model, x.to(model.device), steps, alphas, progress)
-    return ddim(eps_model, x.to(model.device), steps, eta, alphas, generators, progress)
+        return dpm_solver(eps_model, x.to(model.device), steps, alphas, progress, trailing)
+    return ddim(eps_model, x.to(model.device), steps, eta, alphas, generators, progress, trailing)
 
 
 # --------------------------------------------------------------------------------------------------------------- CLI
@@ -279,7 +295,7 @@ def main(argv: list[str] | None = None) -> None:
         args.model, prediction=args.prediction, base=args.base, control=args.control, vae=args.vae, ema=args.ema,
         clip_skip=args.clip_skip,
     )  # fmt: skip
-    model.to(args.device, PRECISIONS[args.precision])
+    model.to(args.device, use_precision(args.precision))
     hint = None
     if args.hint:
         if model.control_model is None:

@@ -5,30 +5,28 @@
     python train.py --resume runs/fill50k                       go on where it stopped
     torchrun --nproc-per-node 4 train.py --base ... --data ...  on four GPUs
 
-A step draws latents, noise them to a random timestep, lets the ControlNet steer the locked UNet, and compares what the
-UNet says with the noise. Whatever is frozen is computed once (`frozen.py`); whatever is random is a function of
+One step is in `engine.py`. Whatever is frozen is computed once (`frozen.py`); whatever is random is a function of
 (seed, sample number), so a run that was stopped and resumed is the run that was not. A run is a folder: `config.json`,
-`metrics.jsonl`, `curves.png`, `image_log/`, `checkpoints/`. Follows Zhang et al. 2023 (arXiv:2302.05543).
+`metrics.jsonl`, `curves.png`, `image_log/`, `checkpoints/`.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
-import shlex
 import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,75 +35,16 @@ import circles
 import data
 import frozen
 import log
-import sampler
+import memory
 from checkpoint import CheckpointError
-from config import DEMO, Config, parse, validate
+from config import DEMO, Config, parse
 from controlnet import PRECISIONS, ControlLDM
+from engine import Engine, assemble, diffusion_loss, learning_rate
 from parallel import Ranks
+from plan import describe, plan, settle, what_fits
+from watch import Watch, report
 
-
-# -------------------------------------------------------------------------------------------------------------- loss
-def diffusion_loss(
-    model: ControlLDM,
-    latents: Tensor,
-    context: Tensor,
-    hint: Tensor,
-    timesteps: Tensor,
-    noise: Tensor,
-    only_mid_control: bool = False,
-    min_snr_gamma: float = 0.0,
-    huber: float = 0.0,
-) -> Tensor:
-    """Per-sample loss (B,), float32: the mean square of what the steered UNet gets wrong.
-
-    latents (B,4,h,w), scaled; context (B,77,D); hint (B,C,8h,8w) in [0,1]; timesteps (B,) int64; noise (B,4,h,w). The
-    target is the noise, or the velocity for v models. The locked encoder has no parameter that requires a gradient and
-    so leaves no graph behind; of the locked decoder only what its activations' gradient needs is kept.
-    `min_snr_gamma`: weigh timesteps as Hang et al. 2023 (arXiv:2303.09556), 0 not at all. `huber`: from this error on
-    the loss grows linearly (twice Huber's, so that it begins as the square), 0 never.
-    """
-    alphas = sampler.alphas_cumprod(model.config, latents.device)[timesteps]
-    x_t = sampler.q_sample(latents, noise, alphas)
-    predicted = model.predict(x_t, timesteps, context, hint, only_mid_control).float()
-    v = model.config.prediction == "v"
-    target = sampler.velocity(latents, noise, alphas) if v else noise
-    wrong = F.mse_loss(predicted, target.float(), reduction="none")
-    if huber:
-        wrong = 2 * F.huber_loss(predicted, target.float(), reduction="none", delta=huber)
-    loss = wrong.flatten(1).mean(1)
-    if min_snr_gamma:
-        snr = alphas / (1 - alphas)
-        loss = loss * snr.clamp(max=min_snr_gamma) / (snr + 1 if v else snr)
-    return loss
-
-
-def learning_rate(config: Config, step: int) -> float:
-    """The rate of step `step` (from 0): rises over the warm-up; constant, or down to a fiftieth on a line or a cosine.
-
-    A function of settings and step alone, so a resumed run has the rates of one that was not stopped.
-    """
-    rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup_steps))
-    way = step / config.steps
-    left = {"constant": 1.0, "linear": 1 - way, "cosine": 0.5 * (1 + math.cos(math.pi * way))}[config.lr_schedule]
-    return rate * (0.02 + 0.98 * left)
-
-
-# ------------------------------------------------------------------------------------------------------- what trains
-def choose_trained(model: ControlLDM, config: Config) -> dict[str, torch.nn.Parameter]:
-    """The parameters that train, by checkpoint name; they and only they require a gradient.
-
-    The ControlNet, without its 12 outer zero convolutions under `only_mid_control`; with SD unlocked the UNet's
-    decoder (`output_blocks`, `out`) too.
-    """
-    model.requires_grad_(False)
-    trained = {}
-    for name, p in model.named_parameters():
-        control = name.startswith("control_model.")
-        idle = config.only_mid_control and name.startswith("control_model.zero_convs.")
-        decoder = name.startswith(("model.diffusion_model.output_blocks.", "model.diffusion_model.out."))
-        if (control and not idle) or (decoder and not config.sd_locked):
-            trained[name] = p.requires_grad_(True)
-    return trained
+__all__ = ["Config", "diffusion_loss", "train"]
 
 
 # -------------------------------------------------------------------------------------------------------------- data
@@ -119,7 +58,8 @@ class Prepared:
 
 
 def prepare(config: Config, model: ControlLDM, dataset: data.Fill50K | Sequence[dict[str, Any]]) -> Prepared:
-    """Settle the data set's size, hold out the validation items, and fill the caches."""
+    """Settle the data set's size, hold out the validation items, and fill the caches; VAE and text tower, in the
+    precision of the run, are on its device only as long as they are needed."""
     multiple, files = model.config.multiple, isinstance(dataset, data.Fill50K)
     native = dataset.sizes(0)[1] if files else np.shape(dataset[0]["jpg"])[1::-1]
     wanted = data.parse_resolution(config.resolution) if config.resolution else native
@@ -141,6 +81,8 @@ def prepare(config: Config, model: ControlLDM, dataset: data.Fill50K | Sequence[
     validation = list(range(count - held, count))
 
     once = None
+    for part in (model.vae, model.text):
+        part.to(config.device, PRECISIONS[config.precision])
     with torch.no_grad():
         uncond = model.encode_prompts("")[0].float().cpu()
         if config.cache:
@@ -153,149 +95,6 @@ def prepare(config: Config, model: ControlLDM, dataset: data.Fill50K | Sequence[
         model.config.timesteps, **{f.name: getattr(config, f.name) for f in dataclasses.fields(data.Chance)[1:]}
     )
     return Prepared(data.Samples(triples, train, config.seed, shape, chance, once), validation, uncond)
-
-
-def to_device(model: ControlLDM, batch: dict[str, Any], device: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """A batch of samples -> latents, context, hint, timesteps, noise, as `diffusion_loss` takes them."""
-    move = lambda x: x.to(device, non_blocking=True)
-    with torch.no_grad():
-        if "moments" in batch:
-            moments = move(batch["moments"])
-        else:
-            moments = model.vae.moments(move(batch["image"]).to(model.vae.quant_conv.weight.dtype))
-        context = move(batch["context"]) if "context" in batch else model.encode_prompts(batch["prompt"])
-        latents = model.latents(moments.float(), move(batch["posterior"]))
-    return latents, context, move(batch["hint"]), move(batch["timestep"]), move(batch["noise"])
-
-
-# ---------------------------------------------------------------------------------------------------------- watching
-class Watch:
-    """The fixed validation batch: how much do the hints help, and what does it look like?"""
-
-    def __init__(self, config: Config, model: ControlLDM, prepared: Prepared, autocast: torch.autocast):
-        self.config, self.model, self.prepared, self.autocast = config, model, prepared, autocast
-        samples = prepared.samples
-        items = [samples.item(i) for i in prepared.validation]
-        rounds = max(1, math.ceil(16 / len(items)))  # at least 16 measurements, at timesteps spread over the schedule
-        count = rounds * len(items)
-        generator = torch.Generator().manual_seed(data.mix("validation", config.seed))
-        self.batches = []
-        for r in range(rounds):
-            at = torch.arange(r * len(items), (r + 1) * len(items))
-            noise = torch.randn((2, len(items), *samples.latent_shape), generator=generator)
-            extra = {
-                "timestep": ((at + 0.5) * model.config.timesteps / count).long(),
-                "noise": noise[0],
-                "posterior": noise[1],
-            }
-            self.batches.append(torch.utils.data.default_collate(items) | extra)
-
-    @torch.no_grad()
-    def losses(self) -> tuple[float, float]:
-        """Mean loss with the right hints, and with the hints of other samples."""
-        model = self.model
-        size = self.config.batch_size
-        sums = [0.0, 0.0]
-        for batch in self.batches:
-            latents, context, hint, timesteps, noise = to_device(model, batch, self.config.device)
-            for k, given in enumerate((hint, hint.roll(1, dims=0))):
-                for part in zip(*(x.split(size) for x in (latents, context, given, timesteps, noise)), strict=True):
-                    with self.autocast:
-                        sums[k] += diffusion_loss(model, *part, self.config.only_mid_control).sum().item()
-        count = sum(len(batch["timestep"]) for batch in self.batches)
-        return sums[0] / count, sums[1] / count
-
-    @torch.no_grad()
-    def draw(self, path: Path) -> None:
-        """Save the grid of the validation items: control, prediction, ground truth, reconstruction, prompt."""
-        config, model, samples = self.config, self.model, self.prepared.samples
-        count = min(config.log_images, len(self.prepared.validation))
-        chosen = self.prepared.validation[:count]
-        batch = {k: v[:count] for k, v in self.batches[0].items()}
-        latents, context, hint, _, _ = to_device(model, batch, config.device)
-        size = tuple(side * model.vae.factor for side in latents.shape[:1:-1])
-        drawn = []
-        for i in range(0, count, config.batch_size):
-            part = slice(i, i + config.batch_size)
-            negative = self.prepared.uncond.to(context).expand_as(context[part])
-            with self.autocast:
-                latents_drawn = sampler.sample(
-                    model, context[part], negative, hint[part], size, config.log_steps, config.guidance or None,
-                    config.seed, i, only_mid_control=config.only_mid_control,
-                )  # fmt: skip
-            drawn.append(latents_drawn)
-        home = next(model.vae.parameters()).device  # after caching the VAE rests on the CPU
-        model.vae.to(config.device)
-        log.save_grid(
-            path,
-            {
-                "control": [log.hint_image(h) for h in hint],
-                "prediction": log.to_uint8(torch.cat([model.decode(z) for x in drawn for z in x.split(1)])),
-                "ground truth": [log.to_uint8(data.to_tensor(samples.triples.image(i))[None])[0] for i in chosen],
-                "reconstruction": log.to_uint8(torch.cat([model.decode(z) for z in latents.split(1)])),
-            },
-            [samples.triples.prompt(i) for i in chosen],
-        )
-        model.vae.to(home)
-
-
-# ---------------------------------------------------------------------------------------------------------- one step
-@dataclass
-class Engine:
-    """What a step needs: the model, which of its parameters train, and what moves them."""
-
-    config: Config
-    model: ControlLDM
-    trained: dict[str, torch.nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    autocast: torch.autocast
-    ranks: Ranks
-
-    def step(
-        self, batches: Iterator[dict[str, Any]], rate: float, stop: Callable[[], bool] = lambda: False
-    ) -> tuple[float, float] | None:
-        """One step at learning rate `rate` on `accumulate_grad_batches` of `batches`: mean loss of the samples, norm of
-        the gradient. With a loss or gradient that is not finite the weights stay. None, with no trace, if `stop()`."""
-        config, total = self.config, torch.zeros((), device=self.config.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        for _ in range(config.accumulate_grad_batches):
-            batch = to_device(self.model, next(batches), config.device)
-            with self.autocast:
-                losses = diffusion_loss(self.model, *batch, config.only_mid_control, config.min_snr_gamma, config.huber)
-            loss = losses.sum() / config.batch
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
-            if self.ranks.any(stop()):
-                self.optimizer.zero_grad(set_to_none=True)
-                return None
-        self.ranks.add_up([*(p.grad for p in self.trained.values() if p.grad is not None), total])
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), config.clip_grad_norm or math.inf)
-        if self.scaler.is_enabled() or math.isfinite(total.item() + norm.item()):
-            self.scaler.step(self.optimizer)  # an enabled scaler looks for infinities itself, and lowers its scale
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return total.item(), norm.item()
-
-
-def assemble(config: Config, model: ControlLDM, ranks: Ranks | None = None) -> Engine:
-    """Make `model` ready to train as `config` says. Frozen weights live in the precision that they are used in; trained
-    ones stay fp32 under autocast."""
-    trained, dtype, kind = choose_trained(model, config), PRECISIONS[config.precision], torch.device(config.device).type
-    for name, p in model.named_parameters():
-        if not p.requires_grad and not name.startswith("control_model."):
-            p.data = p.data.to(dtype)
-    model.unet.recompute = model.control_model.recompute = config.gradient_checkpointing
-    if config.channels_last:
-        model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(
-        trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
-    scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
-    autocast = torch.autocast(kind, dtype, enabled=dtype != torch.float32)
-    return Engine(config, model, trained, optimizer, scaler, autocast, ranks or Ranks())
 
 
 # ------------------------------------------------------------------------------------------------------- interruption
@@ -322,40 +121,50 @@ class Interruption:
 
 # ---------------------------------------------------------------------------------------------------------- the loop
 def load(config: Config, resume: Path | None) -> ControlLDM:
-    """The model that `config` describes, with a ControlNet; of a run to resume, with its newest weights."""
+    """The model that `config` describes, with a ControlNet, on the CPU; of a run to resume, with its newest weights."""
     return ControlLDM.from_file(
         resume or config.base, attach=True, hint_channels=config.hint_channels, prediction=config.prediction,
         seed=config.seed, base=config.base if resume else None, control=None if resume else config.control,
-        vae=config.vae, ema=config.ema, clip_skip=config.clip_skip,
-    ).to(config.device)  # fmt: skip
+        vae=config.vae, ema=config.ema, clip_skip=config.clip_skip, zero_terminal_snr=config.zero_terminal_snr,
+        averaged=False,
+    )  # fmt: skip
 
 
-def restore(engine: Engine, folder: Path, origin: dict[str, str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Bring `engine` to the checkpoint `folder`: its state, and the weights that were trained once and are locked now.
-
-    Raises CheckpointError when base or data are not those that the run began with.
-    """
-    config, trained = engine.config, engine.trained
-    state = checkpoint.restore_training(folder, trained, engine.optimizer, engine.scaler)
+def reopen(folder: Path, config: Config, origin: dict[str, str]) -> dict[str, Any]:
+    """The state of the checkpoint `folder`. CheckpointError when base or data are not those that the run began with."""
+    state = checkpoint.load_json(folder / "state.json")
     for name, path in (("base", config.base), ("vae", config.vae or config.base), ("data", config.data)):
         if state.get(name, origin[name]) != origin[name]:
             raise CheckpointError(f"{path}: not the {name} that {folder} was trained on (its content is another)")
     if state["step"] >= config.steps:
         raise CheckpointError(f"{folder}: is at step {state['step']}; --steps {config.steps} asks for no more")
+    return state
+
+
+def restore(engine: Engine, folder: Path, state: dict[str, Any]) -> dict[str, Tensor]:
+    """Bring `engine` to the checkpoint `folder` (its weights came with the model). Returns the weights that trained
+    once and are locked now."""
+    checkpoint.restore_training(folder, engine.masters, engine.optimizer, engine.scaler, memory.adopt)
+    engine.steps = state["step"]
+    if engine.average and (folder / "average.safetensors").exists():
+        kept = checkpoint.load_state_dict(folder / "average.safetensors")
+        for name in engine.average.keys() & kept.keys():
+            engine.average[name].copy_(kept[name])
     before = checkpoint.load_state_dict(folder / "trained.safetensors")
-    return state, {k: v for k, v in before.items() if k not in trained}
+    return {k: v for k, v in before.items() if k not in engine.trained}
 
 
 def save(run: Path, engine: Engine, carried: dict[str, Tensor], state: dict[str, Any]) -> bool:
     """Write the checkpoint of `state["step"]`: all of the ControlNet (also what does not train in this mode), the
     decoder if it trains, and `carried`. False, with a line, if the disk does not take it; older ones stay."""
     config, model = engine.config, engine.model
-    weights = {k: v for k, v in model.state_dict().items() if k.startswith("control_model.")} | carried | engine.trained
+    weights = {k: v for k, v in model.state_dict().items() if k.startswith("control_model.")} | carried | engine.masters
     metadata = {"config": model.config.to_json(), "step": str(state["step"]), "sd_locked": json.dumps(config.sd_locked)}
     state = state | {"config": dataclasses.asdict(config), "ranks": engine.ranks.count}
+    files = {"trained": weights} | ({"average": engine.average} if engine.average else {})
     try:
         checkpoint.save_training(
-            run, weights, metadata, engine.trained, engine.optimizer, engine.scaler, state, config.keep_checkpoints,
+            run, files, metadata, engine.masters, engine.optimizer, engine.scaler, state, config.keep_checkpoints,
             config.keep_every,
         )  # fmt: skip
     except OSError as e:
@@ -377,10 +186,9 @@ def train(
     start anew in a folder that holds a run. Ctrl-C or SIGTERM end it early, with a checkpoint. Raises CheckpointError
     or DataError, one line each, for what cannot be trained on.
     """
-    config, asked = dataclasses.replace(config), config.device  # what is found out goes into the run's copy
-    validate(config)
+    asked = config.device  # what is found out goes into the run's copy of the settings
     ranks = Ranks(config.device)
-    config.device = ranks.device
+    config = settle(dataclasses.replace(config, device=ranks.device))
     run = Path(resume or config.out)
     folder = checkpoint.newest(run) if resume else None
     if not resume and not overwrite and (done := checkpoint.list_checkpoints(run)):
@@ -394,23 +202,50 @@ def train(
                 f"{run} was trained on a data set of your own: train.train(config, dataset, resume=run)"
             )
         dataset = data.Fill50K(config.data, None, config.hint_channels, config.hint_resample)
-    model = load(config, run if resume else None)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    with telling_what_fits(config, run):
+        return fit(config, run, folder, dataset, ranks, asked)
+
+
+@contextlib.contextmanager
+def telling_what_fits(config: Config, run: Path) -> Iterator[None]:
+    """Out of the GPU's memory: say what was going on, and what would fit."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        kept = [f" (its last checkpoint, {p.name}, is whole)" for p in checkpoint.list_checkpoints(run)[-1:]]
+        raise CheckpointError(
+            f"{run}{''.join(kept)}: out of memory on {config.device} with {config.resolution}, batch "
+            f"{config.batch_size} x {config.accumulate_grad_batches}, {describe(config)}; "
+            f"{memory.used(config.device)} were used; "
+            f"{what_fits(config)} (--plan tells more)"
+        ) from e
+
+
+def fit(
+    config: Config, run: Path, folder: Path | None, dataset: data.Fill50K | Sequence, ranks: Ranks, asked: str
+) -> Path:
+    """The run itself, from the checkpoint `folder` if there is one. `asked`: the device as the user named it."""
+    model = load(config, run if folder else None)
     config.prediction = model.config.prediction
     origin = {
         "base": frozen.fingerprint(model.unet, ("input_blocks.",)),
         "vae": frozen.fingerprint(model.vae, frozen.VAE_ENCODER),
         "data": getattr(dataset, "fingerprint", ""),
     }
-    engine = assemble(config, model, ranks)
-    state, carried = restore(engine, folder, origin) if folder else ({"step": 0, "samples": 0}, {})
+    state = reopen(folder, config, origin) if folder else {"step": 0, "samples": 0}
     prepared = prepare(config, model, dataset)
+    engine = assemble(config, model, ranks)
+    carried = restore(engine, folder, state) if folder else {}
     first, consumed, saved, skipped = state["step"], state["samples"], state["step"], 0
     record = None
     if ranks.main:
-        open_run(run, dataclasses.replace(config, device=asked), anew=not resume)
-        metrics = log.Metrics(run, first)
-        watch = Watch(config, model, prepared, engine.autocast)
-        record = log.Meter(run, metrics, config.logger_freq, watch.losses, watch.draw)
+        open_run(run, dataclasses.replace(config, device=asked), anew=not folder)
+        metrics = log.Metrics(run, first, config.tensorboard)
+        watch = Watch(config, model, prepared.samples, prepared.validation, prepared.uncond, engine.loss)
+        record = log.Meter(run, metrics, config.logger_freq, watch.losses, watch.draw, engine.averaged)
         announce(config, model, engine.trained, prepared, first)
     last = consumed + (config.steps - first) * config.batch
     loader = data.batches(
@@ -440,7 +275,7 @@ def train(
                 speed = config.batch / (time.perf_counter() - start)
                 values = dict(loss=loss, grad_norm=norm, learning_rate=rate, images_per_second=round(speed, 4))
                 metrics.add(step + 1, **values)
-                bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} images/s{record.last}")
+                bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} images/s, {memory.used(config.device)}{record.last}")
                 bar.update()
                 if (step + 1) % config.checkpoint_freq == 0 and save(run, engine, carried, state):
                     saved = step + 1
@@ -450,7 +285,7 @@ def train(
             if state["step"] == config.steps:
                 record.measure(config.steps, last=True)
     if record:
-        report(run, saved, metrics, prepared, config.steps)
+        report(run, saved, metrics, prepared.samples, prepared.validation[0], config.steps)
     return run
 
 
@@ -469,43 +304,19 @@ def announce(config: Config, model: ControlLDM, trained: dict, prepared: Prepare
     count, decoder = len(prepared.samples.indices), "" if config.sd_locked else " and the unlocked decoder"
     print(
         f"{model.config.name}: training a ControlNet{decoder} of {millions:.1f} M parameters on {count} samples of "
-        f"{config.resolution}, {config.batch} a step, {config.precision}, on {config.device}; "
+        f"{config.resolution}, {config.batch} a step, {config.precision} ({config.memory}), on {config.device}; "
         f"steps {step} to {config.steps}"
-    )
-
-
-def report(run: Path, saved: int, metrics: log.Metrics, prepared: Prepared, wanted: int) -> None:
-    """What came of it, where it is, and how to go on or draw with it."""
-    steps, gains = metrics.series("control_gain")
-    at = log.sudden_convergence(steps, gains)
-    if at is not None:
-        print(f"sudden convergence at step {at}; control gain now {gains[-1]:.3f}")
-    elif gains:
-        print(f"the hint is not obeyed yet (control gain {gains[-1]:.3f}); Stable Diffusion takes 3000 to 7000 steps")
-    python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else "python"
-    if saved == 0:
-        print(f"stopped before the first checkpoint: nothing to go on with in {run}")
-        return
-    if saved < wanted:
-        print(f"stopped at step {saved} of {wanted}; this goes on: {python} train.py --resume {shlex.quote(str(run))}")
-        return
-    samples, shown = prepared.samples, prepared.validation[0]
-    hint = data.save_hint(run / "hint", samples.triples.hint(shown))
-    draw = [python, "sampler.py", "--model", str(run), "--hint", str(hint)]
-    draw += ["--prompt", samples.triples.prompt(shown), "--out", "samples"]
-    print(
-        f"pictures:  {run / 'image_log'}, {run / 'curves.png'}\n"
-        f"trained:   {checkpoint.newest(run) / 'trained.safetensors'}\n"
-        f"draw:      {shlex.join(draw)}"
     )
 
 
 # --------------------------------------------------------------------------------------------------------------- CLI
 def main(argv: list[str] | None = None) -> None:
-    config, resume, overwrite = parse(argv)
-    if config.data == DEMO["data"] and not (Path(config.data) / "prompt.json").exists():
-        circles.make(config.data)
-    train(config, resume=resume, overwrite=overwrite)
+    asked = parse(argv)
+    if asked.plan:
+        return print(plan(asked.config, asked.vram, asked.rate))
+    if asked.config.data == DEMO["data"] and not (Path(DEMO["data"]) / "prompt.json").exists():
+        circles.make(DEMO["data"])
+    train(asked.config, resume=asked.resume, overwrite=asked.overwrite)
 
 
 if __name__ == "__main__":

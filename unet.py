@@ -14,7 +14,7 @@ backbone, Dhariwal & Nichol 2021 (arXiv:2105.05233).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +67,16 @@ def zero_module(module: nn.Module) -> nn.Module:
     return module
 
 
+def again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """`function(*inputs)`; what is inside is not kept for the way back but computed again.
+
+    Gradient checkpointing: Chen et al. 2016 (arXiv:1604.06174).
+    """
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing random in it
+
+
 class ResBlock(nn.Module):
     """Two convolutions around which the timestep is added. (B,c_in,h,w), emb (B,4*model_channels) -> (B,c_out,h,w)"""
 
@@ -96,6 +106,7 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, context_dim: int, heads: int):
         super().__init__()
         self.heads = heads
+        self.slice = 0  # queries that are attended from at once; 0: all
         self.to_q = nn.Linear(dim, dim, bias=False)
         self.to_k = nn.Linear(context_dim, dim, bias=False)
         self.to_v = nn.Linear(context_dim, dim, bias=False)
@@ -105,7 +116,10 @@ class CrossAttention(nn.Module):
         context = x if context is None else context
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B,heads,N,C/heads)
                    for y in (self.to_q(x), self.to_k(context), self.to_v(context)))  # fmt: skip
-        h = F.scaled_dot_product_attention(q, k, v)
+        if self.slice:
+            h = torch.cat([again(F.scaled_dot_product_attention, part, k, v) for part in q.split(self.slice, 2)], 2)
+        else:
+            h = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(h.transpose(1, 2).flatten(-2))
 
 
@@ -211,7 +225,9 @@ class UNetEncoder(nn.Module):
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
-        self.recompute = False  # gradient checkpointing: keep only what goes into a block, compute the rest twice
+        self.compute: torch.dtype | None = None  # the precision to compute in; None: that of the weights
+        self.recompute = False  # keep only what goes into a block for the way back, compute the rest again
+        self.fetch: Callable[[nn.Module], Callable[..., Tensor]] | None = None  # brings a block's weights
         c0, groups = config.model_channels, config.norm_groups
         emb_dim = 4 * c0
         self.time_embed = nn.Sequential(nn.Linear(c0, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
@@ -239,13 +255,14 @@ class UNetEncoder(nn.Module):
         return self.time_embed[0].weight.dtype
 
     def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """`block(*inputs)`; with `recompute` what is inside is not kept for the way back but computed again.
-
-        Chen et al. 2016 (arXiv:1604.06174).
-        """
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing random in it
-        return block(*inputs)
+        """`block(*inputs)`, in the way that `compute`, `recompute` and `fetch` say: every layer with weights is called
+        through here. Weights of another precision than the computation's (trained ones, kept in fp32) are cast by
+        autocast; those that have it already cost nothing."""
+        call = self.fetch(block) if self.fetch else block
+        precision = next(block.parameters()).dtype
+        mixed = torch.autocast(inputs[0].device.type, self.compute, enabled=self.compute not in (None, precision))
+        with mixed:
+            return again(call, *inputs) if self.recompute else call(*inputs)
 
     def encode(
         self, x: Tensor, timesteps: Tensor, context: Tensor, hint: Tensor | None = None
@@ -257,7 +274,7 @@ class UNetEncoder(nn.Module):
         Returns the middle block's output, the skips from shallow to deep, and the timestep's embedding.
         """
         x, context = x.to(self.dtype), context.to(self.dtype)
-        emb = self.time_embed(timestep_embedding(timesteps, self.config.model_channels).to(self.dtype))
+        emb = self.run(self.time_embed, timestep_embedding(timesteps, self.config.model_channels).to(self.dtype))
         skips, h = [], x
         for i, block in enumerate(self.input_blocks):
             h = self.run(block, h, emb, context)
@@ -316,7 +333,7 @@ class UNet(UNetEncoder):
                 skips = [s + c.to(s.dtype) for s, c in zip(skips, control[:-1], strict=True)]
         for block in self.output_blocks:
             h = self.run(block, torch.cat([h, skips.pop()], dim=1), emb, context)
-        return self.out(h)
+        return self.run(self.out, h)
 
     def forward(
         self,

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import checkpoint
+import engine
 import log
 import train
 from checkpoint import CheckpointError
@@ -88,14 +89,14 @@ def test_asked_to_stop_it_saves_says_how_to_go_on_and_ends_well(config, whole, n
 
 def test_what_is_not_finite_is_skipped_and_counted(config, monkeypatch):  # noqa: F811
     config.steps, config.max_skipped, config.checkpoint_freq = 6, 2, 1
-    real, bad = train.diffusion_loss, {2, 4}
+    real, bad = engine.diffusion_loss, {2, 4}
     calls = []
 
     def sometimes(*args):
         calls.append(1)
         return real(*args) * (float("nan") if len(calls) in bad else 1.0)
 
-    monkeypatch.setattr(train, "diffusion_loss", sometimes)
+    monkeypatch.setattr(engine, "diffusion_loss", sometimes)
     run = train.train(config)
     assert all(v.isfinite().all() for v in weights(run).values())
     assert [str(loss) == "nan" for loss in losses(run)] == [False, True, False, True, False, False]

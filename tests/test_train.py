@@ -10,13 +10,16 @@ import torch
 
 import checkpoint
 import circles
+import config as config_module
 import data
+import engine
 import frozen
 import log
+import sampler
 import train
 from checkpoint import CheckpointError
-from controlnet import ControlLDM
-from train import Config
+from config import Config, resolve
+from controlnet import SD21_V, ControlLDM
 
 
 @pytest.fixture
@@ -58,21 +61,25 @@ def test_a_run_is_a_folder(config):
         {},
         {"precision": "fp16", "sd_locked": False},
         {"cache": False, "drop_prompt": 0.5},
-        {"channels_last": True, "drop_prompt": 0.5},
+        {"channels_last": True, "drop_prompt": 0.5, "memory": "8gb", "ema_decay": 0.9},
+        {"channels_last": True, "memory": "6gb"},
+        {"memory": "4gb", "ema_decay": 0.9, "accumulate_grad_batches": 2, "batch_size": 2},
     ],
 )
 def test_resumed_equals_never_stopped(config, change, tmp_path):
-    """Stopped after 3 of 8 steps, in the middle of an epoch of 22, and continued: the same bits."""
-    config = dataclasses.replace(config, **change, logger_freq=2, steps=8, checkpoint_freq=3, keep_checkpoints=0)
+    """Stopped after 2 of 6 steps, in the middle of an epoch of 22, and continued: the same bits."""
+    config = dataclasses.replace(config, **change, logger_freq=3, steps=6, checkpoint_freq=2, keep_checkpoints=0)
     whole = train.train(config)
     stopped = tmp_path / "stopped"
     shutil.copytree(whole, stopped)
-    for later in ("step-000006", "step-000008"):
+    for later in ("step-000004", "step-000006"):
         shutil.rmtree(stopped / "checkpoints" / later)
-    resumed, run, _ = train.parse(["--resume", str(stopped)])
+    resumed, run, *_ = train.parse(["--resume", str(stopped)])
     train.train(resumed, resume=run)
-    for file in ("trained", "optimizer"):
-        a, b = (checkpoint.load_state_dict(checkpoint.newest(r) / f"{file}.safetensors") for r in (whole, stopped))
+    files = sorted(p.name for p in checkpoint.newest(whole).glob("*.safetensors"))
+    assert len(files) == (3 if config.ema_decay else 2)
+    for file in files:
+        a, b = (checkpoint.load_state_dict(checkpoint.newest(r) / file) for r in (whole, stopped))
         assert equal(a, b), file
     strip = lambda run: [{k: v for k, v in e.items() if k != "images_per_second"} for e in log.read_metrics(run)]
     assert strip(whole) == strip(stopped)
@@ -104,7 +111,9 @@ def test_locked_and_unlocked(config, base, tmp_path):
 
 def test_unlocking_on_resume_starts_the_decoder_afresh(config, capsys):
     train.train(config)
-    resumed, run, _ = train.parse(["--resume", config.out, "--no-sd-locked", "--steps", "6", "--learning-rate", "2e-6"])
+    resumed, run, *_ = train.parse(
+        ["--resume", config.out, "--no-sd-locked", "--steps", "6", "--learning-rate", "2e-6"]
+    )
     train.train(resumed, resume=run)
     assert "did not train before" in capsys.readouterr().out
     entries = [e for e in log.read_metrics(run) if "loss" in e]
@@ -137,14 +146,14 @@ def test_only_what_trains_requires_a_gradient(config):
         ),
     ):
         model = ControlLDM.from_file(config.base, attach=True)
-        trained = train.choose_trained(model, dataclasses.replace(config, **change))
+        trained = engine.choose_trained(model, dataclasses.replace(config, **change))
         wants = {k for k, p in model.named_parameters() if p.requires_grad}
         assert wants == set(trained) == {k for k, _ in model.named_parameters() if k.startswith(prefixes)}
 
 
 def test_the_locked_encoder_leaves_no_graph(config):
     model = ControlLDM.from_file(config.base, attach=True)
-    train.choose_trained(model, config)
+    engine.choose_trained(model, config)
     h, skips, emb = model.unet.encode(torch.randn(1, 4, 4, 4), torch.tensor([5]), torch.randn(1, 77, 64))
     assert not any(x.requires_grad for x in (h, emb, *skips))
 
@@ -229,7 +238,7 @@ def test_settings_that_shape_the_step(config, tmp_path):
 
 def test_channels_last_weights_lie_so(config):
     model = ControlLDM.from_file(config.base, attach=True)
-    train.assemble(dataclasses.replace(config, channels_last=True), model)
+    engine.assemble(dataclasses.replace(resolve(config, "fast"), channels_last=True), model)
     assert model.unet.input_blocks[0][0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -268,7 +277,7 @@ def test_hint_channels_go_from_data_to_checkpoint(config):
 
 def test_command_line(config, base, folder, tmp_path):
     args = ["--base", str(base), "--data", str(folder)]
-    given, resume, overwrite = train.parse([*args, "--batch-size", "2", "--no-sd-locked", "--only-mid-control"])
+    given, resume, overwrite, *_ = train.parse([*args, "--batch-size", "2", "--no-sd-locked", "--only-mid-control"])
     assert resume is None and not overwrite and given.out == "runs/circles"
     assert (given.batch_size, given.sd_locked, given.only_mid_control, given.learning_rate) == (2, False, True, 1e-5)
     demo, *_ = train.parse(["--out", str(tmp_path / "demo"), "--steps", "7"])
@@ -357,7 +366,7 @@ def test_weights_of_min_snr_and_the_arm_of_huber(config):
     x, noise, context = torch.randn(3, 4, 4, 4), torch.randn(3, 4, 4, 4), torch.randn(3, 77, 64)
     hint = torch.rand(3, 3, 32, 32)
     loss = lambda **how: train.diffusion_loss(model, x, context, hint, t, noise, **how)
-    alphas = train.sampler.alphas_cumprod(model.config)[t]
+    alphas = sampler.alphas_cumprod(model.config)[t]
     snr = alphas / (1 - alphas)
     assert model.config.prediction == "v"
     assert torch.allclose(loss(min_snr_gamma=5.0), loss() * snr.clamp(max=5) / (snr + 1))
@@ -371,7 +380,7 @@ def test_weights_of_min_snr_and_the_arm_of_huber(config):
 def test_gradient_checkpointing_keeps_less_and_computes_the_same(config):
     def step(on: bool):
         model, kept = ControlLDM.from_file(config.base, attach=True), [0]
-        engine = train.assemble(dataclasses.replace(config, gradient_checkpointing=on), model)
+        made = engine.assemble(dataclasses.replace(resolve(config, "fast"), gradient_checkpointing=on), model)
         torch.manual_seed(0)
         x, noise, hint, context = torch.randn(2, 2, 4, 8, 8).unbind() + (
             torch.rand(2, 3, 64, 64),
@@ -385,10 +394,89 @@ def test_gradient_checkpointing_keeps_less_and_computes_the_same(config):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             loss = train.diffusion_loss(model, x, context, hint, torch.tensor([3, 700]), noise).sum()
         loss.backward()
-        return loss, {k: p.grad for k, p in engine.trained.items()}, kept[0]
+        return loss, {k: p.grad for k, p in made.trained.items()}, kept[0]
 
     plain, again = step(False), step(True)
     assert torch.equal(plain[0], again[0]) and all(
         torch.allclose(g, again[1][k], atol=1e-6) for k, g in plain[1].items()
     )
     assert again[2] < plain[2] / 3
+
+
+def test_the_moving_average_is_kept_drawn_and_exported(config, monkeypatch):
+    """It follows the weights, at first quickly; the meter and what reads the run have it, the run goes on without."""
+    seen, real = [], train.Watch.losses
+    config = dataclasses.replace(config, steps=6, checkpoint_freq=1, keep_checkpoints=0, ema_decay=0.5, logger_freq=6)
+    name = "control_model.zero_convs.3.0.weight"
+    watched = lambda self: seen.append(self.model.state_dict()[name].clone()) or real(self)
+    monkeypatch.setattr(train.Watch, "losses", watched)
+    run = train.train(config)
+    mean = torch.zeros_like(weights(run)[name])
+    for step, folder in enumerate(checkpoint.list_checkpoints(run)):
+        decay = min(0.5, (1 + step) / (10 + step))
+        mean = decay * mean + (1 - decay) * checkpoint.load_state_dict(folder / "trained.safetensors")[name]
+        kept = checkpoint.load_state_dict(folder / "average.safetensors")
+        assert torch.allclose(kept[name], mean, atol=1e-7)
+    assert torch.equal(seen[-1], kept[name]) and not torch.equal(kept[name], weights(run)[name])
+    assert torch.equal(ControlLDM.from_file(run).state_dict()[name], kept[name])
+    assert torch.equal(ControlLDM.from_file(run, averaged=False).state_dict()[name], weights(run)[name])
+
+
+def test_zero_terminal_snr(config, base, tmp_path):
+    plain = train.train(config)
+    run = train.train(dataclasses.replace(config, zero_terminal_snr=True, out=str(tmp_path / "zero")))
+    assert losses(plain)[0] != losses(run)[0]
+    model = ControlLDM.from_file(run)  # drawing from the run has the schedule that it was trained on
+    alphas, before = sampler.alphas_cumprod(model.config), sampler.alphas_cumprod(ControlLDM.from_file(plain).config)
+    assert alphas[0] == pytest.approx(before[0].item()) and alphas[-1] == 2**-24 < before[-1] / 100
+    assert list(sampler.ddim_timesteps(5, 1000, trailing=True)) == [199, 399, 599, 799, 999]
+    context = model.encode_prompts(["red circle with blue background"])
+    for solver in ("ddim", "dpm"):
+        drawn = sampler.sample(model, context, context * 0, None, (32, 32), 5, 2.0, solver=solver)
+        assert drawn.isfinite().all() and drawn.abs().max() < 50
+    with pytest.raises(CheckpointError, match="predicts eps"):
+        ControlLDM.from_file(base, prediction="eps", zero_terminal_snr=True)
+
+
+def test_zero_terminal_snr_is_the_paper_s():
+    """Against diffusers, which has it under `rescale_betas_zero_snr`."""
+    from diffusers import DDIMScheduler
+
+    theirs = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True
+    ).alphas_cumprod
+    ours = sampler.alphas_cumprod(dataclasses.replace(SD21_V, zero_terminal_snr=True))
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
+def test_settings_of_the_machine(config, monkeypatch, tmp_path):
+    """TF32 and determinism are switches of the process; each is set as asked."""
+    seen = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: seen.append(name))
+    train.train(dataclasses.replace(config, precision="tf32"))
+    assert seen[-1] == "high" and torch.backends.cudnn.allow_tf32
+    train.train(dataclasses.replace(config, deterministic=True, out=str(tmp_path / "b")))
+    assert seen[-1] == "highest" and not torch.backends.cudnn.allow_tf32
+    assert torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+
+
+def test_compiled_equals_as_written(config, monkeypatch, tmp_path):
+    """The whole loss is compiled, into graphs that compute the same. (The kernels that are made of them take minutes;
+    here the graphs run as they are.)"""
+    plain, real, compiled = train.train(config), torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compiled.append(f) or real(f, backend="aot_eager", **how))
+    run = train.train(dataclasses.replace(config, compile=True, out=str(tmp_path / "compiled")))
+    assert compiled == [engine.diffusion_loss] and np.allclose(losses(plain), losses(run), rtol=1e-4)
+
+
+def test_tensorboard_gets_the_metrics(config, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train.train(dataclasses.replace(config, tensorboard=True, logger_freq=2))
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx(losses(run))
+    assert [e.step for e in events.Scalars("control_gain")] == [0, 2, 4]
+    monkeypatch.setattr(config_module, "find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match="--tensorboard.*pip install"):
+        train.train(dataclasses.replace(config, tensorboard=True))

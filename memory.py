@@ -1,0 +1,375 @@
+"""How does it fit a small GPU?
+
+A ControlNet for Stable Diffusion 1.5 has 361 M weights. Trained in the plain way each takes 16 bytes: itself, its
+gradient, AdamW's two moments, all fp32; beside them lies the frozen UNet, 860 M weights, and what the way back needs of
+the way there. This module has what makes each of these smaller, and what tells beforehand how large they will be:
+
+    AdamW      moments in 8 bits a number, weights in bfloat16 with stochastic rounding
+    Offload    fp32 weights, moments and the optimizer's step on the CPU; gradients travel while they are made
+    Stream     frozen blocks stay in the CPU's memory and come over one ahead of their use
+    measure    the peak memory of a step, from fake tensors: no GPU, no weights
+
+The other two tricks, computing again instead of keeping and attention in slices, are in `unet.py` (`again`). The
+moments follow Dettmers et al. 2022 (arXiv:2110.02861) in their blocks, not in their code; see `quantize`.
+"""
+
+import contextlib
+import hashlib
+import resource
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+GIB = 2**30
+BLOCK = 256  # numbers that share a scale
+PIECE = 1 << 22  # numbers that AdamW updates at once
+SMALL = 4096  # moments of tensors with fewer numbers stay fp32: nothing to win, and norms' weights matter
+
+
+# ------------------------------------------------------------------------------------------------- 8 bits for a number
+@dataclass(frozen=True)
+class Code:
+    """Magnitudes on a logarithmic scale: level 0 is 0, level j is 2^(-(levels - j) / steps) of the block's largest.
+
+    The relative error is the same for all that is not far below the largest of its 256 neighbours. `up`: what is too
+    small for level 1 becomes level 1, so that a denominator is never zero where a numerator is not.
+    """
+
+    levels: int
+    steps: float  # levels an octave
+    signed: bool
+    up: bool
+
+    def table(self, device: torch.device) -> Tensor:
+        """What code 0..255 stands for: (256,) float32. Negative numbers have the codes above 128."""
+        values = 2.0 ** ((torch.arange(self.levels + 1, device=device, dtype=torch.float32) - self.levels) / self.steps)
+        values[0] = 0.0
+        return torch.cat([values, -values[:128]]) if self.signed else values
+
+
+FIRST = Code(levels=127, steps=8, signed=True, up=False)  # the mean of gradients: +-4.4%, 16 octaves
+SECOND = Code(levels=255, steps=6, signed=False, up=True)  # of their squares: 12% apart, 42 octaves
+
+
+def quantize(x: Tensor, code: Code, random: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """float32 numbers -> their codes (n,) uint8 and the largest magnitude of each block of 256, float32.
+
+    Rounds to the nearest; with `random` (n,) in [0,1) up or down so that the mean is right. The second moment needs
+    that: it changes by a thousandth a step, which rounding to the nearest of levels 12% apart would never let happen.
+    """
+    flat = x.reshape(-1)
+    blocks = nn.functional.pad(flat.abs(), (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+    scale = blocks.amax(1)
+    level = (blocks / scale.clamp(min=1e-38)[:, None]).view(-1)[: flat.numel()]
+    exact = (code.levels + code.steps * level.clamp(min=1e-30).log2()).clamp(min=0.0)
+    below = exact.floor()
+    if random is None:
+        level = (exact + 0.5).floor()
+    else:  # between neighbours a < x < a q: up with the probability (x/a - 1) / (q - 1)
+        level = below + (random < (torch.exp2((exact - below) / code.steps) - 1) / (2 ** (1 / code.steps) - 1))
+    level = level.clamp_(max=code.levels)
+    if code.up:
+        level = torch.where(flat != 0, level.clamp(min=1), 0)
+    if code.signed:
+        level = level + 128 * ((flat < 0) & (level > 0))
+    return level.to(torch.uint8), scale
+
+
+def dequantize(codes: Tensor, scale: Tensor, code: Code) -> Tensor:
+    """What `quantize` kept, (n,) float32."""
+    values = code.table(codes.device)[codes.int()]
+    return values * scale.repeat_interleave(BLOCK)[: values.numel()]
+
+
+def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 -> bfloat16, up or down with probabilities that make the mean right.
+
+    Rounding to the nearest would lose every update below a 256th of the weight, which at a rate of 1e-5 is all of them.
+    """
+    bits = x.float().contiguous().view(torch.int32)
+    noise = torch.randint(0, 1 << 16, bits.shape, generator=generator, device=x.device, dtype=torch.int32)
+    rounded = ((bits + noise) & -0x10000).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) in less memory, by hand.
+
+    `named`: the parameters by name; those in bfloat16 are rounded stochastically. `bits`: 8 for moments in 8 bits a
+    number and 4 bytes a block of 256, otherwise 32. What is random is a function of (seed, step, name), so a run that
+    is resumed rounds as one that was not stopped. Moments are kept flat, in the order of the shape, and updated in
+    pieces, so that what is in between takes no memory to speak of.
+    """
+
+    def __init__(
+        self, named: Mapping[str, nn.Parameter], lr: float, weight_decay: float = 0.01, bits: int = 8, seed: int = 0,
+        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+    ):  # fmt: skip
+        super().__init__(named.values(), dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
+        self.names, self.bits, self.seed = {id(p): name for name, p in named.items()}, bits, seed
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(p, **{k: group[k] for k in ("lr", "weight_decay", "betas", "eps")})
+
+    def begin(self, p: nn.Parameter) -> None:
+        """Make the state of a parameter that has none."""
+        if not self.state[p]:
+            self.state[p] |= {"step": 0} | new_moments(p.numel(), p.device, self.bits)
+
+    def update(self, p: nn.Parameter, lr: float, weight_decay: float, betas: tuple[float, float], eps: float) -> None:
+        """The step of one parameter."""
+        self.begin(p)
+        state = self.state[p]
+        t = state["step"] = int(state["step"]) + 1
+        generator = generator_for(p.device, self.seed, t, self.names[id(p)])
+        weights, gradient = p.detach().reshape(-1), p.grad.reshape(-1)
+        for start in range(0, p.numel(), PIECE):
+            part = slice(start, min(start + PIECE, p.numel()))
+            g, w = gradient[part].float(), weights[part].float()
+            m = read(state, "exp_avg", part).lerp_(g, 1 - betas[0])
+            v = read(state, "exp_avg_sq", part).mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+            write(state, "exp_avg", part, m)
+            write(state, "exp_avg_sq", part, v, torch.rand(len(g), generator=generator, device=g.device))
+            update = (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt_() + eps)
+            w = w.mul(1 - lr * weight_decay).sub_(update, alpha=lr)
+            weights[part] = round_stochastically(w, generator) if p.dtype == torch.bfloat16 else w
+        if not p.is_contiguous():  # its order in memory is not that of the shape: they were a copy
+            p.copy_(weights.view(p.shape))
+
+
+def generator_for(device: torch.device, *parts: object) -> torch.Generator:
+    """Random numbers that are a function of `parts`."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+CODES = {"exp_avg": FIRST, "exp_avg_sq": SECOND}  # AdamW's moments, in torch's names, and how they are coded
+
+
+def new_moments(count: int, device: torch.device, bits: int) -> dict[str, Tensor]:
+    """The moments of `count` numbers before the first step: fp32, or with `bits` 8 as codes and scales."""
+    if bits != 8 or count < SMALL:
+        return {name: torch.zeros(count, device=device) for name in CODES}
+    codes = {f"{name}.codes": torch.zeros(count, dtype=torch.uint8, device=device) for name in CODES}
+    return codes | {f"{name}.scale": torch.zeros(-(-count // BLOCK), device=device) for name in CODES}
+
+
+def read(state: Mapping[str, Tensor], name: str, part: slice) -> Tensor:
+    """Numbers `part` (from a multiple of 256) of a moment, float32: a view, or what the codes stand for."""
+    if name in state:
+        return state[name][part]
+    blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
+    return dequantize(state[f"{name}.codes"][part], state[f"{name}.scale"][blocks], CODES[name])
+
+
+def write(state: Mapping[str, Tensor], name: str, part: slice, x: Tensor, random: Tensor | None = None) -> None:
+    """Put numbers `part` of a moment back as it is kept; what is kept in fp32 was changed in place."""
+    if name not in state:
+        blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
+        state[f"{name}.codes"][part], state[f"{name}.scale"][blocks] = quantize(x, CODES[name], random)
+
+
+def adopt(saved: Mapping[str, Tensor], p: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A parameter's state from a checkpoint, in the form that `optimizer` keeps it, whichever form it was saved in: to
+    the bit where that is the same."""
+    whole = slice(0, p.numel())
+    saved = {k: v.reshape(-1).to(p.device) for k, v in saved.items()}
+    if not isinstance(optimizer, AdamW):  # torch's: in the parameter's shape and memory order
+        plain = {k: torch.empty_like(p, dtype=torch.float32).copy_(read(saved, k, whole).view(p.shape)) for k in CODES}
+        return {"step": saved["step"].reshape(()).clone()} | plain
+    state = new_moments(p.numel(), p.device, optimizer.bits)
+    for name in CODES:
+        if name in state:
+            state[name].copy_(read(saved, name, whole))
+        elif name in saved:
+            write(state, name, whole, saved[name])
+        else:
+            state |= {k: saved[k].clone() for k in (f"{name}.codes", f"{name}.scale")}
+    return {"step": int(saved["step"])} | state
+
+
+# ---------------------------------------------------------------------------------------------------------- CPU memory
+def host(t: Tensor) -> Tensor:
+    """A copy of `t` in the CPU's memory, pinned where there is a GPU, so that copies to and fro need not wait."""
+    pinned = torch.cuda.is_available() and not isinstance(t, FakeTensor)
+    copy = torch.empty_like(t, device="cpu", pin_memory=pinned).copy_(t)
+    on_host.add(copy.untyped_storage())
+    return copy
+
+
+def is_on_host(t: Tensor) -> bool:
+    """Is it a tensor that `host` made?"""
+    return t.untyped_storage() in on_host
+
+
+on_host: weakref.WeakSet = weakref.WeakSet()  # storages that lie in the CPU's memory by intent
+
+
+class Offload:
+    """The optimizer's home on the CPU: an fp32 copy (`masters`, by name) of what trains, and its gradient.
+
+    During the last backward of a step (`arriving`) every gradient travels as soon as it is whole, and is freed where it
+    was made. The update waits for all of them, since clipping needs their norm; `send` brings the new weights back.
+    """
+
+    def __init__(self, trained: Mapping[str, nn.Parameter]):
+        self.trained = trained
+        self.masters = {name: nn.Parameter(host(p.detach().float())) for name, p in trained.items()}
+        self.grads = {name: host(torch.zeros_like(p)) for name, p in self.masters.items()}
+
+    @contextlib.contextmanager
+    def arriving(self) -> Iterator[None]:
+        """While it is entered, gradients go to the CPU as they are made."""
+        hooks = []
+        for name, p in self.trained.items():
+            hooks.append(p.register_post_accumulate_grad_hook(lambda p, name=name: self._take(name, p)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _take(self, name: str, p: nn.Parameter) -> None:
+        self.grads[name].copy_(p.grad, non_blocking=True)
+        self.masters[name].grad = self.grads[name]
+        p.grad = None
+
+    def arrive(self) -> None:
+        """Bring what has not travelled yet, and wait until all is there."""
+        for name, p in self.trained.items():
+            if p.grad is not None:
+                self._take(name, p)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+
+    @torch.no_grad()
+    def send(self) -> None:
+        """The weights go back to where the model computes, in the precision that they have there."""
+        for name, p in self.trained.items():
+            p.copy_(self.masters[name], non_blocking=True)
+
+
+class Stream:
+    """Frozen blocks whose weights stay in the CPU's memory. As `fetch` of a UNet: block -> how to call it.
+
+    When a block is called, its weights come over, and beside its computation those of the block that came next the last
+    time the same two blocks were called in a row: after one step it knows the way down, up and, with gradient
+    checkpointing, back. Weights are held for their block's own computation alone, so the way back has to compute its
+    blocks again: streaming needs gradient checkpointing.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], device: torch.device | str):
+        self.device = torch.device(device)
+        self.blocks = {id(block): block for block in blocks}
+        self.weights = {}
+        for key, block in self.blocks.items():
+            self.weights[key] = {name: host(p.detach()) for name, p in block.named_parameters()}
+            for name, p in block.named_parameters():
+                p.data = self.weights[key][name]
+        self.side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.follows: dict[tuple[int, int], int] = {}
+        self.last = (0, 0)
+        self.ahead: dict[int, dict[str, Tensor]] = {}
+
+    def __call__(self, block: nn.Module) -> Callable[..., Tensor]:
+        if id(block) not in self.blocks:
+            return block
+        return lambda *inputs: torch.func.functional_call(block, self._take(id(block)), inputs)
+
+    def _take(self, key: int) -> dict[str, Tensor]:
+        weights = self.ahead.pop(key, None) or self._bring(key)
+        self.follows[self.last] = key
+        self.last = (self.last[1], key)
+        if self.side:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self.side)
+            for w in weights.values():
+                w.record_stream(current)
+        coming = self.follows.get(self.last)
+        self.ahead = {coming: self._bring(coming)} if coming else {}
+        return weights
+
+    def _bring(self, key: int) -> dict[str, Tensor]:
+        with torch.cuda.stream(self.side) if self.side else contextlib.nullcontext():
+            return {k: torch.empty_like(w, device=self.device).copy_(w, non_blocking=True)
+                    for k, w in self.weights[key].items()}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- what will it take?
+@dataclass
+class Peak:
+    """The most memory that was live at once, in bytes, and what it consisted of."""
+
+    total: int = 0
+    parts: Counter = field(default_factory=Counter)
+
+
+class Live(TorchDispatchMode):
+    """While it is entered, counts the storages that are alive, by kind; `peak` is the most there was.
+
+    `known`: kind -> tensors that exist already. What is made is an "activation", until `label` says otherwise. What
+    lies in the CPU's memory by intent (`host`) does not count.
+    """
+
+    def __init__(self, known: Mapping[str, Iterable[Tensor]]):
+        super().__init__()
+        self.kinds: dict[int, tuple[str, int]] = {}
+        self.live, self.peak = Counter(), Peak()
+        for kind, tensors in known.items():
+            for t in tensors:
+                self.label(t, kind)
+
+    def label(self, t: Tensor, kind: str) -> None:
+        storage = t.untyped_storage()
+        key = storage._cdata
+        if is_on_host(t) or (key in self.kinds and self.kinds[key][0] == kind):
+            return
+        size = -(-storage.nbytes() // 512) * 512  # CUDA's allocator gives multiples of 512 bytes
+        if key in self.kinds:
+            self.live[self.kinds[key][0]] -= size
+        else:
+            weakref.finalize(storage, self._gone, key)
+        self.kinds[key] = kind, size
+        self.live[kind] += size
+        total = sum(self.live.values())
+        if total > self.peak.total:
+            self.peak = Peak(total, Counter(self.live))
+
+    def _gone(self, key: int) -> None:
+        kind, size = self.kinds.pop(key)
+        self.live[kind] -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in self.kinds:
+                self.label(t, "activations")
+        return out
+
+
+def measure(function: Callable[[Live], None], known: Mapping[str, Iterable[Tensor]]) -> Peak:
+    """The peak memory of `function`, which is given the counter to label what it makes. `known`: kind -> tensors that
+    are there before. With fake tensors nothing is computed and nothing allocated."""
+    live = Live(known)
+    with live:
+        function(live)
+    return live.peak
+
+
+def used(device: torch.device | str) -> str:
+    """What this process has used at most so far, in words: of the GPU's memory, or of the CPU's."""
+    if torch.device(device).type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / GIB:.1f} GiB"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB:.1f} GiB"

@@ -1,0 +1,312 @@
+"""The tricks for small GPUs: each saves what it says, and none changes what is learned."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import checkpoint
+import engine
+import frozen
+import memory
+import plan
+import train
+from checkpoint import CheckpointError
+from config import PRESETS, resolve
+from controlnet import TINY, ControlLDM
+from memory import FIRST, SECOND
+from tests.test_train import config, equal, losses, weights  # noqa: F401 (config is a fixture)
+
+
+# ------------------------------------------------------------------------------------------------- 8 bits for a number
+def numbers(count: int, seed: int = 0) -> torch.Tensor:
+    """Of magnitudes over six decades, as gradients have, with zeros and signs."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, generator=g) * 10 ** (6 * torch.rand(count, generator=g) - 6)
+    x[::17] = 0
+    return x
+
+
+def test_codes_keep_numbers_to_a_few_percent():
+    x = numbers(3000)
+    codes, scale = memory.quantize(x, FIRST)
+    back = memory.dequantize(codes, scale, FIRST)
+    assert codes.dtype == torch.uint8 and len(scale) == 12
+    largest = scale.repeat_interleave(256)[:3000]
+    near = x.abs() > largest * 2**-15
+    assert near.sum() > 1500 and ((back - x).abs()[near] <= 0.045 * x.abs()[near]).all()
+    assert (back[~near].abs() <= largest[~near] * 2**-14.9).all() and (back[x == 0] == 0).all()
+    again = memory.quantize(back, FIRST)
+    assert torch.equal(again[0], codes) and torch.equal(again[1], scale)  # what was rounded once stays
+
+
+def test_second_moments_round_so_that_the_mean_is_right_and_never_to_zero():
+    v = numbers(1000).square()
+    random = torch.Generator().manual_seed(1)
+    draws = []
+    for _ in range(400):
+        codes, scale = memory.quantize(v, SECOND, torch.rand(1000, generator=random))
+        draws.append(memory.dequantize(codes, scale, SECOND))
+    mean = torch.stack(draws).mean(0)
+    large = v > scale.repeat_interleave(256)[:1000] * 2**-40
+    assert ((mean / v - 1).abs()[large] < 0.02).all() and ((mean == 0) == (v == 0)).all()
+    fixed = memory.dequantize(*memory.quantize(v, SECOND), SECOND)
+    assert ((fixed / v - 1).abs()[large] > 0.02).any()  # rounding to the nearest alone is off by more
+
+
+def test_stochastic_rounding_keeps_the_mean():
+    x = torch.full((100_000,), 1 + 2**-9)  # a quarter of the way between two numbers of bfloat16
+    rounded = memory.round_stochastically(x, torch.Generator().manual_seed(0)).float()
+    assert set(rounded.unique().tolist()) == {1.0, 1 + 2**-7} and abs(rounded.mean().item() - x[0].item()) < 5e-5
+    odd = torch.tensor([float("inf"), float("-inf"), float("nan"), 0.0, -1.0])
+    kept = memory.round_stochastically(odd, torch.Generator().manual_seed(0))
+    assert torch.equal(kept.float().nan_to_num(7), odd.nan_to_num(7))
+
+
+def descend(optimizer_of, dtype=torch.float32, steps=300) -> tuple[torch.Tensor, torch.Tensor]:
+    """Minimise a badly scaled quadratic from noisy gradients; returns where it came to, and the minimum."""
+    generator = torch.Generator().manual_seed(0)
+    wanted, scale = torch.randn(80, 64, generator=generator), 10 ** (3 * torch.rand(80, 64, generator=generator) - 2)
+    p = torch.nn.Parameter(torch.zeros(80, 64, dtype=dtype))
+    optimizer = optimizer_of({"p": p})
+    for _ in range(steps):
+        noise = 0.3 * torch.randn(80, 64, generator=generator)
+        p.grad = (scale * (p.detach().float() - wanted + noise)).to(dtype)
+        optimizer.step()
+    return p.detach().float(), wanted
+
+
+def test_adamw_equals_that_of_torch_and_8_bits_come_as_near():
+    torchs = descend(lambda named: torch.optim.AdamW(named.values(), lr=0.02, weight_decay=0.1))
+    error = lambda result: (result[0] - result[1]).square().mean().sqrt().item()
+    same = descend(lambda named: memory.AdamW(named, 0.02, 0.1, bits=32))
+    assert torch.allclose(torchs[0], same[0], atol=1e-5)
+    eight = descend(lambda named: memory.AdamW(named, 0.02, 0.1, bits=8))
+    assert not torch.equal(eight[0], same[0]) and error(eight) < 1.1 * error(torchs) < 0.2
+    brain = descend(lambda named: memory.AdamW(named, 0.02, 0.1, bits=8), torch.bfloat16)
+    assert error(brain) < 1.2 * error(torchs)
+
+
+def test_small_updates_of_bfloat16_weights_are_not_lost():
+    p = torch.nn.Parameter(torch.ones(10_000, dtype=torch.bfloat16))
+    optimizer = memory.AdamW({"p": p}, lr=1e-5, weight_decay=0)
+    for _ in range(100):  # 1e-3 in all; a single step is a 390th of what bfloat16 can tell beside 1
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert p.float().mean().item() == pytest.approx(1 - 1e-3, abs=1e-4)
+
+
+def test_8_bit_state_takes_a_quarter_and_changes_form_both_ways():
+    p = torch.nn.Parameter(torch.randn(40, 128, 3, 3).to(memory_format=torch.channels_last))
+    lean, full = memory.AdamW({"p": p}, 1e-3), torch.optim.AdamW([p], 1e-3)
+    for optimizer in (lean, full):
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+    size = lambda o: sum(v.nbytes for v in o.state[p].values() if isinstance(v, torch.Tensor))
+    assert size(lean) < 0.26 * size(full)
+    stored = lambda o: {k: torch.as_tensor(v).float() if k == "step" else v for k, v in o.state[p].items()}
+    there = memory.adopt(stored(lean), p, full)
+    assert there["exp_avg"].stride() == p.stride()
+    back = memory.adopt(there, p, lean)
+    assert back["step"] == 1 and all(torch.equal(back[k], v) for k, v in lean.state[p].items() if k != "step")
+    same = memory.adopt(stored(full), p, full)
+    assert all(torch.equal(same[k], v) for k, v in full.state[p].items())
+
+
+# ------------------------------------------------------------------------------------------------------- the whole step
+def random_batch(config) -> dict[str, torch.Tensor]:  # noqa: F811
+    """What the loader would give for images of 64x64, the same at each call."""
+    generator = torch.Generator().manual_seed(0)
+    batch = plan.fake_batch(config, TINY, (64, 64))
+    return {k: torch.rand(v.shape, generator=generator) if v.is_floating_point() else v for k, v in batch.items()}
+
+
+LEAN = dict.fromkeys(PRESETS["fast"])
+
+
+@pytest.mark.parametrize("change", [dict(optimizer_on_cpu=True), dict(stream=True, gradient_checkpointing=True)])
+def test_where_weights_and_optimizer_lie_changes_nothing(config, change, tmp_path):  # noqa: F811
+    plain = train.train(dataclasses.replace(config, gradient_checkpointing="stream" in change))
+    moved = train.train(dataclasses.replace(config, out=str(tmp_path / "moved"), **change))
+    assert losses(plain) == losses(moved) and equal(weights(plain), weights(moved))
+
+
+@pytest.mark.parametrize("preset", ["8gb", "6gb", "4gb"])
+def test_presets_train_as_the_fast_one_does(config, preset, tmp_path):  # noqa: F811
+    config = dataclasses.replace(config, steps=6)  # noqa: F811
+    fast = train.train(config)
+    lean = train.train(dataclasses.replace(config, **LEAN, memory=preset, out=str(tmp_path / preset)))
+    for a, b in zip(losses(fast), losses(lean), strict=True):
+        assert a != b and a == pytest.approx(b, rel=0.02)
+    kinds = {v.dtype for v in weights(lean).values()}
+    assert kinds == ({torch.bfloat16} if preset == "6gb" else {torch.float32})
+    kept = checkpoint.load_state_dict(checkpoint.newest(lean) / "optimizer.safetensors")
+    assert any(".codes:" in k for k in kept) == (preset != "4gb")
+
+
+def test_the_preset_may_change_on_resume(config):  # noqa: F811
+    run, step = train.train(dataclasses.replace(config, **LEAN, memory="8gb")), config.steps
+    for preset in ("fast", "4gb", "6gb", "8gb"):
+        step += 2
+        asked = train.parse(["--resume", str(run), "--memory", preset, "--steps", str(step)])
+        train.train(asked.config, resume=asked.resume)
+        assert checkpoint.load_run(run)["optimizer_bits"] == PRESETS[preset]["optimizer_bits"]
+    assert len(losses(run)) == step and all(loss < 2 * losses(run)[0] for loss in losses(run))
+
+
+def test_offloaded_gradients_leave_as_they_are_made(config):  # noqa: F811
+    model = ControlLDM.from_file(config.base, attach=True)
+    made = engine.assemble(
+        dataclasses.replace(resolve(config, "fast"), optimizer_on_cpu=True, accumulate_grad_batches=2), model
+    )
+    made.backward(random_batch(config), last=False)
+    whole = {k: p.grad.clone() for k, p in made.trained.items()}
+    assert all(p.grad is None for p in made.masters.values())
+    made.backward(random_batch(config), last=True)
+    assert all(p.grad is None for p in made.trained.values())
+    made.offload.arrive()
+    assert all(torch.allclose(made.masters[k].grad, 2 * g, atol=1e-6) for k, g in whole.items())
+
+
+def test_a_stream_brings_the_next_block_while_one_is_computed(config):  # noqa: F811
+    model = ControlLDM.from_file(config.base, attach=True)
+    made = engine.assemble(
+        dataclasses.replace(resolve(config, "fast"), stream=True, gradient_checkpointing=True), model
+    )
+    stream, brought = model.unet.fetch, []
+    real = stream._bring
+    stream._bring = lambda key: brought.append(key) or real(key)
+    batch = random_batch(config)
+    count, known = [], []
+    for _ in range(3):
+        brought.clear()
+        before = dict(stream.follows)
+        made.backward(batch, last=True)
+        count.append(len(brought))
+        known.append(stream.follows == before)
+    blocks, decoder = len(stream.blocks), len(model.unet.output_blocks)
+    assert count[2] == blocks + decoder and known == [False, False, True]  # down, up, and up again on the way back
+    assert len(stream.ahead) == 1
+
+
+def test_attention_in_slices(config, monkeypatch):  # noqa: F811
+    model = ControlLDM.from_file(config.base, attach=True)
+    rows, real = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda q, *a: rows.append(q.shape[2]) or real(q, *a)
+    )
+    seen, gradients = [], []
+    for size in (0, 5):
+        made = engine.assemble(dataclasses.replace(resolve(config, "fast"), attention_slice=size), model)
+        rows.clear()
+        made.backward(random_batch(config), last=True)
+        seen.append(max(rows))
+        gradients.append({k: p.grad for k, p in made.trained.items()})
+        made.forget()
+    assert seen == [16, 5]
+    assert all(torch.allclose(g, gradients[1][k], atol=1e-6) for k, g in gradients[0].items())
+
+
+# ----------------------------------------------------------------------------------------------------------- the plan
+def test_the_prediction_is_what_a_real_step_holds(config):  # noqa: F811
+    """The same count on real tensors, made by the real step; and each preset takes less than the one before."""
+    totals = []
+    for preset in PRESETS:
+        lean = resolve(dataclasses.replace(config, **LEAN, batch_size=2), preset)
+        predicted = plan.predict(lean, TINY, (64, 64))["training"].total - plan.WORKSPACE
+        model = ControlLDM.from_file(config.base, attach=True)
+        made = engine.assemble(lean, model)
+        made.step(iter([random_batch(lean)]), 1e-4)
+        state = [v for e in made.optimizer.state.values() for v in e.values() if isinstance(v, torch.Tensor)]
+        known = {"weights": [*made.trained.values(), *(p for p in model.unet.parameters() if not p.requires_grad)]}
+        known |= {} if made.offload else {"state": state}
+        real = memory.measure(lambda live, made=made, lean=lean: made.step(iter([random_batch(lean)]), 1e-4), known)
+        assert predicted == pytest.approx(real.total, rel=0.03), preset
+        totals.append(predicted)
+    assert totals == sorted(totals, reverse=True) and totals[-1] < totals[0] / 3
+
+
+def test_plan_as_text(config, base, folder, monkeypatch):  # noqa: F811
+    asked = train.parse([
+        "--plan", "--base", str(base), "--data", str(folder), "--resolution", "64", "--vram", "16", "--rate", "10",
+        "--steps", "3600", "--memory", "6gb",
+    ])  # fmt: skip
+    said = plan.plan(asked.config, asked.vram, asked.rate)
+    assert "tiny at 64x64, batch 4 x 1, --memory 6gb: bf16, gradient checkpointing" in said
+    assert "--memory fast is the fastest preset that fits" in said and "0.4 h for 3600 steps at 10 images/s" in said
+    assert "disk, cache" in said and "TFLOP a step" in said and "frozen UNet" not in said.splitlines()[0]
+    monkeypatch.setattr(plan, "predict", lambda *_: {"training": memory.Peak(2**30)})
+    none = plan.plan(dataclasses.replace(asked.config, memory="auto"), vram=1)
+    assert "none of the presets fits" in none and "--memory 4gb" in none
+
+
+def test_the_plan_leaves_no_trace(config):  # noqa: F811
+    """Fake tensors must not come to lie in what is kept for real runs."""
+    plan.predict(resolve(config, "fast"), TINY, (64, 64))
+    assert losses(train.train(config))
+
+
+def test_the_arithmetic_is_what_the_layers_need():
+    with FakeTensorMode():
+        conv = torch.nn.Conv2d(8, 16, 3, padding=1)
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+            conv(torch.empty(2, 8, 10, 10))
+    assert counter.get_total_flops() == 2 * 2 * 16 * 100 * 8 * 9
+    config = train.Config(base="x")  # noqa: F811
+    one = plan.flops(config, TINY, (64, 64))
+    assert one == plan.flops(dataclasses.replace(config, batch_size=7, gradient_checkpointing=True), TINY, (64, 64))
+    assert 3.5 < plan.flops(config, TINY, (128, 128)) / one < 5  # four times the positions, not of prompts
+
+
+def test_out_of_memory_says_what_would_fit(config, monkeypatch):  # noqa: F811
+    config.checkpoint_freq, calls, real = 1, [], engine.Engine.backward
+
+    def sometimes(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(engine.Engine, "backward", sometimes)
+    monkeypatch.setattr(plan, "predict", lambda *_: {"training": memory.Peak(2**30)})
+    monkeypatch.setattr(plan, "room", lambda device: 2 * 2**30)
+    with pytest.raises(CheckpointError, match="step-000002, is whole.*32x32, batch 4 x 1, fp32.*--batch-size 1 --acc"):
+        train.train(config)
+    assert checkpoint.newest(config.out).name == "step-000002"
+    monkeypatch.setattr(plan, "room", lambda device: 10)
+    size = lambda c, *_: {"training": memory.Peak(c.batch_size * (1 if c.stream else 3))}
+    monkeypatch.setattr(plan, "predict", size)
+    assert "the leanest is --memory 4gb --batch-size 1" in plan.what_fits(resolve(config, "fast"))
+
+
+def test_auto_takes_the_first_preset_that_fits(config, monkeypatch):  # noqa: F811
+    need = {"fast": 9, "8gb": 7, "6gb": 5, "4gb": 3}
+    monkeypatch.setattr(plan, "predict", lambda c, *_: {"training": memory.Peak(need[c.out])})
+    monkeypatch.setattr(plan, "resolve", lambda c, name: dataclasses.replace(c, out=name))
+    for room, wanted in ((9, "fast"), (8, "8gb"), (3, "4gb"), (2, None)):
+        assert plan.fastest(config, TINY, (64, 64), room + plan.CONTEXT)[0] == wanted
+    monkeypatch.undo()
+    assert plan.settle(config).optimizer_bits == 32  # without a GPU there is nothing to fit
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (dict(stream=True), "--stream.*needs --gradient-checkpointing"),
+        (dict(trained_weights="bf16"), "--trained-weights bf16 needs --precision bf16"),
+        (dict(precision="fp16", trained_weights="fp16"), "fp16 needs --optimizer-on-cpu"),
+        (dict(stream=True, gradient_checkpointing=True, compile=True), "--compile and --stream exclude"),
+    ],
+)
+def test_settings_that_exclude_each_other(config, change, match):  # noqa: F811
+    with pytest.raises(CheckpointError, match=match):
+        train.train(dataclasses.replace(config, **change))
+
+
+def test_after_caching_vae_and_text_tower_are_where_they_were(config, folder, tmp_path):  # noqa: F811
+    model = ControlLDM.from_file(config.base, attach=True)
+    config.cache = True
+    train.prepare(resolve(config, "fast"), model, train.data.Fill50K(folder))
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert frozen.fingerprint(model.vae) == frozen.fingerprint(ControlLDM.from_file(config.base).vae)
