@@ -115,7 +115,8 @@ def test_unknown_keys_pass_through(base, tmp_path):
     odd, out = tmp_path / "odd.safetensors", tmp_path / "out.safetensors"
     checkpoint.save_safetensors(odd, state, checkpoint.load_metadata(base))
     merge.main([str(odd), str(out)])
-    assert all(torch.equal(load_state_dict(out)[k], v) for k, v in state.items())
+    written = load_state_dict(out)
+    assert all(torch.equal(written[k], v) for k, v in state.items())
 
 
 def unet(channels: int, context: int, inputs: int = 4) -> dict[str, torch.Tensor]:
@@ -261,7 +262,8 @@ def test_differences_are_not_taken_for_weights(base, tmp_path):
     state = {k.removeprefix("control_model."): v for k, v in load_state_dict(diff).items()}
     checkpoint.save_safetensors(bare, state)
     for form in (diff, bare):
-        assert all(torch.allclose(v, gather(base, control=form)[k]) for k, v in load_state_dict(whole).items())
+        joined = gather(base, control=form)
+        assert all(torch.allclose(v, joined[k]) for k, v in load_state_dict(whole).items())
     with pytest.raises(CheckpointError, match="holds differences already"):
         merge.main(["extract", str(diff), str(tmp_path / "x.safetensors"), "--difference", str(base)])
     wide = {k: v.repeat(2, *[1] * (v.ndim - 1)) if v.ndim else v for k, v in load_state_dict(diff).items()}
