@@ -194,7 +194,8 @@ def test_a_run_is_exported_whole_and_extracted_with_a_warning(run, base, tmp_pat
     assert "decoder" in capsys.readouterr().out
     merge.main(["extract", str(run), str(tmp_path / "control"), "--format", "diffusers"])
     control = {k: v for k, v in trained.items() if k.startswith("control_model.")}
-    assert all(torch.equal(v, gather(base, control=tmp_path / "control")[k]) for k, v in control.items())
+    joined = gather(base, control=tmp_path / "control")
+    assert all(torch.equal(v, joined[k]) for k, v in control.items())
     merge.main(["extract", str(run), str(tmp_path / "d.safetensors"), "--difference", str(base)])
     assert "difference" in load_state_dict(tmp_path / "d.safetensors")
     with pytest.raises(CheckpointError, match="diffusers has none"):
