@@ -1,162 +1,427 @@
-"""How fast is a training step on this machine, and how much memory does it take?
+"""How fast, how much memory, against whom?
 
-    python bench.py step --model sd15 --resolution 256 --precision bf16
+    python bench.py step --model sd15 --resolution 256 --against diffusers
+    python bench.py sample --model tiny --against diffusers
     python bench.py memory --model sd15 --batch-size 1 4        what each preset takes
     python bench.py data --resolution 128                       samples a second, from PNG and from the cache
 
-Random weights of the real shapes, so nothing is downloaded. The step is train.py's own, on cached latents and contexts:
-ControlNet forward and backward, locked UNet forward, its decoder's activations backward, AdamW.
+Random weights of the real shapes, so nothing is downloaded. Our step is train.py's own, on cached latents and contexts;
+diffusers' is that of its train_controlnet.py: VAE and text encoder at every step, AdamW, clipping. Each contender is a
+process of its own, which makes one step when it is asked; they are asked in turns, A B A B, so that what else goes on
+in the machine meets both, and the ratio is taken pair by pair.
 """
 
 import argparse
+import contextlib
+import functools
 import itertools
 import json
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import circles
 import data
 import engine
+import exchange
 import frozen
+import log
+import merge
 import plan
-from config import PRESETS, Config, resolve
-from controlnet import MODELS, PRECISIONS, ControlLDM
+import sampler
+from checkpoint import CheckpointError
+from config import PRESETS, Config, resolve, validate
+from controlnet import MODELS, PRECISIONS, ControlLDM, use_precision
+
+GIB = 2**30
 
 
+# ---------------------------------------------------------------------------------------------------------- contenders
 def random_model(name: str) -> ControlLDM:
-    """A model of MODELS with small random weights and no zeros, VAE and text tower left on the meta device."""
+    """A model of MODELS with small random weights and no zeros."""
     with torch.device("meta"):
         model = ControlLDM(MODELS[name])
-    for part in (model.unet, model.control_model):
-        part.to_empty(device="cpu")
-        for p in part.parameters():
-            nn.init.normal_(p, std=0.02) if p.ndim > 1 else nn.init.ones_(p)
+    model.to_empty(device="cpu").requires_grad_(False)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.02) if p.ndim > 1 else nn.init.ones_(p)
     return model
 
 
-def measure_step(config: Config, name: str, repeat: int) -> dict:
-    """Seconds of `repeat` steps after one to warm up, and the peak memory (CPU: of this process; CUDA: allocated)."""
+def ours(config: Config, name: str) -> tuple[Callable[[], None], engine.Engine]:
+    """Our step, on a batch that is there, and the engine that makes it."""
+    model, side = random_model(name), int(config.resolution)
+    if not config.cache:
+        for part in (model.vae, model.text):
+            part.to(config.device, PRECISIONS[config.precision])
+    made = engine.assemble(config, model)
+    sample = plan.fake_batch(config, MODELS[name], (side, side))
+    sample = {k: torch.rand(v.shape) if v.is_floating_point() else v for k, v in sample.items()}
+    if not config.cache:
+        sample = {k: v for k, v in sample.items() if k != "context"} | {"prompt": ["a circle"] * config.batch_size}
+    batches = itertools.repeat(sample)
+    return lambda: made.step(batches, config.learning_rate), made
+
+
+def diffusers(config: Config, name: str) -> tuple[Callable[[], None], None]:
+    """The step of diffusers' train_controlnet.py, with its defaults, on images and prompts that are there."""
+    from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    shapes, side, dtype, device = MODELS[name], int(config.resolution), use_precision(config.precision), config.device
+    unet = UNet2DConditionModel.from_config(exchange.unet_config(shapes.unet, side // 8, False))
+    control = ControlNetModel.from_config(exchange.control_config(shapes.unet, 3, shapes.hint_widths)).train()
+    vae = AutoencoderKL.from_config(exchange.vae_config(shapes.vae, shapes.scale_factor, side))
+    text = CLIPTextModel(CLIPTextConfig(**exchange.text_config(shapes.text)))
+    for part in (unet, vae, text):
+        part.requires_grad_(False).to(device, dtype)
+    control.to(device)
+    if config.gradient_checkpointing:
+        control.enable_gradient_checkpointing()
+    noise = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    optimizer = torch.optim.AdamW(control.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    images, hints = (torch.rand(config.batch_size, 3, side, side, device=device) for _ in range(2))
+    ids = torch.randint(1000, (config.batch_size, 77), device=device)
+    scaler = torch.amp.GradScaler(torch.device(device).type, enabled=dtype == torch.float16)
+
+    def step() -> None:
+        for _ in range(config.accumulate_grad_batches):
+            latents = vae.encode(images.to(dtype)).latent_dist.sample() * shapes.scale_factor
+            eps = torch.randn_like(latents)
+            t = torch.randint(0, 1000, (len(images),), device=device)
+            noisy = noise.add_noise(latents.float(), eps.float(), t).to(dtype)
+            context = text(ids, return_dict=False)[0]
+            with torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32):
+                down, mid = control(noisy, t, context, controlnet_cond=hints.to(dtype), return_dict=False)
+            said = unet(
+                noisy, t, context, down_block_additional_residuals=[d.to(dtype) for d in down],
+                mid_block_additional_residual=mid.to(dtype), return_dict=False,
+            )[0]  # fmt: skip
+            loss = F.mse_loss(said.float(), eps.float()) / config.accumulate_grad_batches
+            scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(control.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        loss.item()
+
+    return step, None
+
+
+CONTENDERS = {"ours": ours, "diffusers": diffusers}
+
+
+def serve(who: str, name: str, config: Config) -> None:
+    """A contender's process: for each line that comes in a step, a breakdown or the rate of the machine; one line of
+    JSON out."""
     torch.manual_seed(0)
-    cuda, side = config.device.startswith("cuda"), int(config.resolution)
-    made = engine.assemble(config, random_model(name))
-    shapes = plan.fake_batch(config, MODELS[name], (side, side))
-    sample = {k: torch.rand(v.shape) if v.is_floating_point() else v for k, v in shapes.items()}
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    batches, seconds = itertools.repeat(sample), []
-    for _ in range(repeat + 1):
+    if config.device.startswith("cuda:"):
+        torch.cuda.set_device(config.device)
+    step, made = CONTENDERS[who](config, name)
+    for line in sys.stdin:
         start = time.perf_counter()
-        made.step(batches, config.learning_rate)  # ends by reading the loss: the device is done
+        if line.strip() == "step":
+            step()
+            answer = time.perf_counter() - start
+        elif line.strip() == "breakdown":
+            answer = breakdown(made, step)
+        elif line.strip() == "rate":
+            answer = product_rate(config)
+        elif "cuda" in config.device:
+            answer = torch.cuda.max_memory_allocated() / GIB
+        else:
+            answer = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+        print(json.dumps(answer), flush=True)
+
+
+class Contender:
+    """A contender's process, from outside."""
+
+    def __init__(self, who: str, name: str, config: Config):
+        command = [sys.executable, __file__, "serve", who, name, json.dumps(asdict(config))]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, what: str) -> float | dict:
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            sys.exit("bench.py: a contender ended; its message is above (memory?)")
+        return json.loads(answer)
+
+    def end(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+# ---------------------------------------------------------------------------------------------------------------- step
+def product_rate(config: Config) -> float:
+    """Operations a second in products of large matrices, in the precision of the run: the machine's limit."""
+    side, dtype = 8192 if "cuda" in config.device else 2048, use_precision(config.precision)
+    a, b = (torch.randn(side, side, device=config.device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(12):
+        start = time.perf_counter()
+        a @ b
+        wait(config.device)
         seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {
-        "model": name,
-        "resolution": int(config.resolution),
-        "batch": config.batch,
-        "precision": config.precision,
-        "seconds": round(statistics.median(seconds[1:]), 3),
-        "fastest": round(min(seconds[1:]), 3),
-        "slowest": round(max(seconds[1:]), 3),
-        "images_per_second": round(config.batch / statistics.median(seconds[1:]), 3),
-        "peak_gib": round(peak / 2**30, 2),
-        "device": torch.cuda.get_device_name()
-        if cuda
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
+    return 2 * side**3 / statistics.median(seconds[2:])
+
+
+def wait(device: str) -> None:
+    if "cuda" in device:
+        torch.cuda.synchronize(device)
+
+
+def breakdown(made: engine.Engine, step: Callable[[], None]) -> dict[str, float]:
+    """Seconds of the parts of a step. Waiting for the GPU after each makes the whole a little slower than it is."""
+    model, device = made.model, made.config.device
+    parts = {
+        "batch to the device": (frozen, "inputs"), "of it VAE": (model.vae, "moments"),
+        "of it text": (model.text, "forward"),
+        "ControlNet": (model.control_model, "forward"), "UNet, encoder": (model.unet, "encode"),
+        "UNet, decoder": (model.unet, "decode"), "backward": (torch.Tensor, "backward"),
+        "optimizer and clipping": (made, "update"),
+    }  # fmt: skip
+    spent = dict.fromkeys(parts, 0.0)
+    with contextlib.ExitStack() as stack:
+        for label, (owner, name) in parts.items():
+            stack.enter_context(clocked(owner, name, label, spent, device))
+        start = time.perf_counter()
+        step()
+        wait(device)
+        spent["the rest"] = time.perf_counter() - start - sum(v for k, v in spent.items() if not k.startswith("of it"))
+    return spent
+
+
+@contextlib.contextmanager
+def clocked(owner: object, name: str, label: str, spent: dict[str, float], device: str) -> Iterator[None]:
+    """While it is entered, calls of `owner.name` are timed."""
+    real, own = getattr(owner, name), name in vars(owner)
+
+    @functools.wraps(real)
+    def timed(*args: object, **kwargs: object) -> object:
+        start = time.perf_counter()
+        out = real(*args, **kwargs)
+        wait(device)
+        spent[label] += time.perf_counter() - start
+        return out
+
+    setattr(owner, name, timed)
+    yield
+    setattr(owner, name, real) if own else delattr(owner, name)
+
+
+def measure_step(config: Config, name: str, repeat: int, against: bool = False, parts: bool = False) -> dict:
+    """Seconds and peak memory of our step (CPU: resident, of a process of its own; CUDA: allocated), the fraction of
+    the machine's limit, and the same of diffusers' in turns with ours."""
+    contenders = {who: Contender(who, name, config) for who in (CONTENDERS if against else ["ours"])}
+    seconds = {who: [] for who in contenders}
+    for turn in range(repeat + 1):
+        for who, contender in contenders.items():
+            took = contender.ask("step")
+            if turn:  # the first is to warm up
+                seconds[who].append(took)
+    mine, side = contenders["ours"], int(config.resolution)
+    peak = {who: contender.ask("peak") for who, contender in contenders.items()}
+    rate = mine.ask("rate")
+    median = statistics.median(seconds["ours"])
+    need = plan.flops(config, MODELS[name], (side, side)) * config.batch
+    result = {
+        "model": f"{name}, {side} px, batch {config.batch_size} x {config.accumulate_grad_batches}, {config.precision}",
+        "machine": machine(config),
+        "seconds a step": f"{median:.3f} ({min(seconds['ours']):.3f} to {max(seconds['ours']):.3f})",
+        "images a second": f"{config.batch / median:.3f}",
+        "TFLOP a step": f"{need / 1e12:.3f}",
+        "products, TFLOP/s": f"{rate / 1e12:.3f}",
+        "fraction of the limit": f"{need / rate / median:.2f}",
     }
+    if parts:
+        result |= {f"    {k}": f"{v:.3f}" for k, v in mine.ask("breakdown").items() if v > 0}
+    result["peak memory, GiB"] = f"{peak['ours']:.2f}"
+    if against:
+        theirs = seconds["diffusers"]
+        pairs = sorted(b / a for a, b in zip(seconds["ours"], theirs, strict=True))
+        result |= {
+            "diffusers, seconds": f"{statistics.median(theirs):.3f} ({min(theirs):.3f} to {max(theirs):.3f})",
+            "diffusers, peak GiB": f"{peak['diffusers']:.2f}",
+            "times as fast": f"{statistics.median(pairs):.2f} ({pairs[0]:.2f} to {pairs[-1]:.2f}, pair by pair)",
+            "of their memory": f"{peak['ours'] / peak['diffusers']:.2f}",
+        }
+    for contender in contenders.values():
+        contender.end()
+    return result
 
 
-def memory_table(name: str, resolution: int, batches: list[int], repeat: int) -> str:
-    """What each preset takes, as a table: predicted for each batch size; measured, with the seconds of a step relative
-    to `fast`, where there is a GPU (or, times alone, with `repeat` above 0)."""
-    shapes, size, cuda = MODELS[name], (resolution, resolution), torch.cuda.is_available()
-    rows = [["preset", *(f"batch {b}, predicted GiB" for b in batches)]]
-    rows[0] += [
-        f"batch {b}, {what}" for b in batches for what in (("measured GiB",) if cuda else ()) + ("time",)
-    ] * bool(repeat)
-    first: dict[int, float] = {}
+def machine(config: Config) -> str:
+    if "cuda" in config.device:
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+# -------------------------------------------------------------------------------------------------------------- sample
+@torch.no_grad()
+def measure_sample(name: str, side: int, steps: int, repeat: int, precision: str, device: str, against: bool) -> dict:
+    """Seconds an image of our sampler (DDIM, guidance, control), and of diffusers' pipeline on the same weights."""
+    shapes, dtype = MODELS[name], use_precision(precision)
+    model, hint, makers = random_model(name), torch.rand(1, 3, side, side), {}
+    if against:
+        from diffusers import StableDiffusionControlNetPipeline
+
+        with tempfile.TemporaryDirectory() as folder:
+            with contextlib.redirect_stdout(sys.stderr):
+                merge.save_folder(f"{folder}/model", merge.diffusers_folder(model.state_dict(), shapes), {}, False)
+            pipeline = StableDiffusionControlNetPipeline.from_pretrained(f"{folder}/model", dtype=dtype)
+        pipeline.to(device).set_progress_bar_config(disable=True)
+        makers["diffusers"] = lambda: pipeline(
+            "a circle", image=hint, num_inference_steps=steps, guidance_scale=7.5, width=side, height=side
+        )
+    model.to(device, dtype)
+
+    def draw() -> None:
+        context = model.encode_prompts(["a circle", ""])
+        latents = sampler.sample(model, context[:1], context[1:], hint, (side, side), steps, 7.5)
+        log.to_uint8(model.decode(latents))
+
+    makers = {"ours": draw} | makers
+    seconds = {who: [] for who in makers}
+    for turn in range(repeat + 1):
+        for who, make in makers.items():
+            start = time.perf_counter()
+            make()
+            wait(device)
+            if turn:
+                seconds[who].append(time.perf_counter() - start)
+    result = {"model": f"{name}, {side} px, {steps} steps, {precision}"}
+    result |= {f"{who}, seconds an image": f"{statistics.median(s):.3f}" for who, s in seconds.items()}
+    if against:
+        pairs = sorted(b / a for a, b in zip(seconds["ours"], seconds["diffusers"], strict=True))
+        result["times as fast"] = f"{statistics.median(pairs):.2f} ({pairs[0]:.2f} to {pairs[-1]:.2f}, pair by pair)"
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------ memory and data
+def memory_table(name: str, side: int, batches: list[int], repeat: int) -> str:
+    """What each preset takes, as a table: predicted for each batch size; with `repeat` the seconds of a step relative
+    to `fast`, and on CUDA the measured memory."""
+    cuda, first = torch.cuda.is_available(), {}
+    rows = [["preset", *(f"batch {b}: predicted GiB" for b in batches)]]
+    for b in batches if repeat else ():
+        rows[0] += [f"batch {b}: measured GiB"] * cuda + [f"batch {b}: time"]
     for preset in PRESETS:
-        configs = {b: resolve(Config(base=name, resolution=str(resolution), batch_size=b), preset) for b in batches}
+        configs = [resolve(Config(base=name, resolution=str(side), batch_size=b), preset) for b in batches]
         row = [preset]
-        for b in batches:
-            row.append(f"{plan.predict(configs[b], shapes, size)['training'].total / 2**30:.2f}")
-        for b in batches if repeat else ():
-            seen = measure_step(configs[b], name, repeat)
-            row += [str(seen["peak_gib"])] if cuda else []
-            row.append(f"{seen['seconds'] / first.setdefault(b, seen['seconds']):.2f} x")
+        row += [f"{plan.largest(plan.predict(c, MODELS[name], (side, side))) / GIB:.2f}" for c in configs]
+        for c in configs if repeat else ():
+            contender = Contender("ours", name, c)
+            seconds = statistics.median([contender.ask("step") for _ in range(repeat + 1)][1:])
+            row += [f"{contender.ask('peak'):.2f}"] * cuda
+            row.append(f"{seconds / first.setdefault(c.batch_size, seconds):.2f} x")
+            contender.end()
         rows.append(row)
     return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
 
 
-def measure_data(resolution: int, count: int = 256, workers: int = 0) -> dict:
+def measure_data(side: int, workers: int, count: int = 256) -> dict:
     """Samples a second that the loader gives for circles: from PNG files (a run without cache) and from the cache."""
+    result = {"images": f"{count} of {side} px, {workers} workers"}
     with tempfile.TemporaryDirectory() as folder:
-        circles.make(folder, count, resolution)
-        pairs = data.Fill50K(folder, (resolution, resolution))
+        circles.make(folder, count, side)
+        pairs = data.Fill50K(folder, (side, side))
         model = ControlLDM(MODELS["tiny"], hint_channels=None).requires_grad_(False)
-        rates = {}
-        for source in ("png", "cache"):
-            once = frozen.freeze(model, pairs, f"{folder}/cache", 8) if source == "cache" else None
-            samples = data.Samples(pairs, range(count), 0, (4, resolution // 8, resolution // 8), frozen=once)
+        with torch.no_grad():
+            once = frozen.freeze(model, pairs, f"{folder}/cache", 8)
+        for source, kept in (("PNG", None), ("the cache", once)):
+            samples = data.Samples(pairs, range(count), 0, (4, side // 8, side // 8), frozen=kept)
             start = time.perf_counter()
             for _ in data.batches(samples, 0, 2 * count, 8, workers):
                 pass
-            rates[f"samples_per_second_from_{source}"] = round(2 * count / (time.perf_counter() - start), 1)
-    return {"resolution": resolution, "workers": workers} | rates
+            result[f"samples a second from {source}"] = f"{2 * count / (time.perf_counter() - start):.0f}"
+    return result
+
+
+# --------------------------------------------------------------------------------------------------------------- CLI
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure this machine.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    cuda = torch.cuda.is_available()
+
+    def add(name: str, text: str, model: str = "tiny") -> Callable[..., None]:
+        sub = commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.add_argument("--resolution", type=int, help="side of the images in pixels (default: the model's)")
+        sub.add_argument("--model", choices=tuple(MODELS), default=model, help="whose shapes")
+        sub.add_argument("--json", action="store_true", help="JSON instead of a table")
+        return sub.add_argument
+
+    flag = add("step", "a training step: time, memory, fraction of the machine's limit, breakdown")
+    flag("--against", choices=("diffusers",), help="its step in turns with ours")
+    flag("--batch-size", type=int, default=1, help="samples at once")
+    flag("--accumulate-grad-batches", type=int, default=1, help="micro-batches a step")
+    flag("--precision", choices=tuple(PRECISIONS), help="of the computation (default: the preset's)")
+    flag("--memory", choices=tuple(PRESETS), default="fast", help="preset")
+    flag(
+        "--cache", action=argparse.BooleanOptionalAction, default=True, help="latents and contexts are computed before"
+    )
+    flag("--channels-last", action="store_true", help="as of train.py")
+    flag("--compile", action="store_true", help="as of train.py")
+    flag("--device", default="cuda" if cuda else "cpu", help="where to compute")
+    flag("--repeat", type=int, default=5, help="steps that are measured, after one to warm up")
+    flag = add("sample", "seconds an image of the sampler")
+    flag("--against", choices=("diffusers",), help="its pipeline in turns with ours, on the same weights")
+    flag("--steps", type=int, default=20, help="denoising steps")
+    flag("--precision", choices=tuple(PRECISIONS), default="fp32", help="of the computation")
+    flag("--device", default="cuda" if cuda else "cpu", help="where to compute")
+    flag("--repeat", type=int, default=3, help="images that are measured, after one to warm up")
+    flag = add("memory", "the presets: predicted memory, and measured where there is a GPU", "sd15")
+    flag("--batch-size", type=int, nargs="+", default=[1, 4], help="one or more")
+    flag("--repeat", type=int, default=0, help="steps to measure with each preset; 0: predict only")
+    flag = add("data", "samples a second of the loader")
+    flag("--workers", type=int, default=0, help="processes that load")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Measure this machine.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    add = lambda name, text: commands.add_parser(
-        name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    p = add("step", "time and memory of a training step")
-    p.add_argument("--model", choices=tuple(MODELS), default="tiny", help="whose shapes")
-    p.add_argument("--resolution", type=int, help="side of the images in pixels (default: the model's)")
-    p.add_argument("--batch-size", type=int, default=1, help="samples at once")
-    p.add_argument("--accumulate-grad-batches", type=int, default=1, help="micro-batches a step")
-    p.add_argument("--precision", choices=tuple(PRECISIONS), help="of the computation (default: the preset's)")
-    p.add_argument("--memory", choices=tuple(PRESETS), default="fast", help="preset")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
-    p.add_argument("--repeat", type=int, default=5, help="steps that are measured, after one to warm up")
-    p.add_argument("--json", action="store_true", help="one line of JSON instead of a table")
-    p = add("memory", "the presets: predicted memory, and measured where there is a GPU")
-    p.add_argument("--model", choices=tuple(MODELS), default="sd15", help="whose shapes")
-    p.add_argument("--resolution", type=int, help="side of the images in pixels (default: the model's)")
-    p.add_argument("--batch-size", type=int, nargs="+", default=[1, 4], help="one or more")
-    p.add_argument("--repeat", type=int, default=0, help="steps to measure with each preset; 0: predict only")
-    p = add("data", "samples a second of the loader, from PNG and from the cache")
-    p.add_argument("--resolution", type=int, default=128, help="side of the images in pixels")
-    p.add_argument("--workers", type=int, default=0, help="processes that load")
-    args = parser.parse_args(argv)
-    if args.command == "data":
-        print("\n".join(f"{k:32} {v}" for k, v in measure_data(args.resolution, workers=args.workers).items()))
-        return
-    shapes = MODELS[args.model]
-    side = args.resolution or shapes.resolution
-    if side % shapes.multiple:
-        sys.exit(f"bench.py: --resolution is a multiple of {shapes.multiple} for {args.model}")
+    args = parse(argv)
+    side = args.resolution or MODELS[args.model].resolution
+    if side % MODELS[args.model].multiple:
+        sys.exit(f"bench.py: --resolution is a multiple of {MODELS[args.model].multiple} for {args.model}")
+    if getattr(args, "against", None) and not (find_spec("diffusers") and find_spec("transformers")):
+        sys.exit("bench.py: --against diffusers needs it: pip install -r requirements-dev.txt")
     if args.command == "memory":
         print(memory_table(args.model, side, args.batch_size, args.repeat))
         return
-    config = Config(
-        resolution=str(side),
-        batch_size=args.batch_size,
-        accumulate_grad_batches=args.accumulate_grad_batches,
-        precision=args.precision,
-        device=args.device,
-    )
-    result = measure_step(resolve(config, args.memory), args.model, args.repeat)
-    print(json.dumps(result) if args.json else "\n".join(f"{k:18} {v}" for k, v in result.items()))
+    if args.command == "data":
+        result = measure_data(side, args.workers)
+    elif args.command == "sample":
+        against = bool(args.against)
+        result = measure_sample(args.model, side, args.steps, args.repeat, args.precision, args.device, against)
+    else:
+        names = ("batch_size", "accumulate_grad_batches", "precision", "cache", "channels_last", "compile", "device")
+        settings = {name: getattr(args, name) for name in names}
+        config = resolve(
+            Config(base=args.model, out="none", resolution=str(side), clip_grad_norm=1.0, **settings), args.memory
+        )
+        validate(config)
+        result = measure_step(config, args.model, args.repeat, bool(args.against), parts=True)
+    print(json.dumps(result) if args.json else "\n".join(f"{k:32} {v}" for k, v in result.items()))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        if sys.argv[1:2] == ["serve"]:
+            serve(sys.argv[2], sys.argv[3], Config(**json.loads(sys.argv[4])))
+        else:
+            main()
+    except CheckpointError as e:
+        sys.exit(f"bench.py: {e}")

@@ -440,8 +440,9 @@ def newest(run: str | Path) -> Path:
     for folder in reversed(list_checkpoints(run)):
         try:
             load_json(folder / "state.json")
-            for name in ("trained", "optimizer"):
-                with safetensors.safe_open(folder / f"{name}.safetensors", framework="pt"):
+            written = {p.name for p in folder.glob("*.safetensors")} | {"trained.safetensors", "optimizer.safetensors"}
+            for name in written:
+                with safetensors.safe_open(folder / name, framework="pt"):
                     pass  # opening compares the header with the file's length
             return folder
         except (CheckpointError, OSError, safetensors.SafetensorError) as e:

@@ -100,7 +100,10 @@ class Config:
         None, "memory", "keep less for the way back and compute it again: a third slower, much leaner"
     )
     trained_weights: str | None = setting(
-        None, "memory", "of what trains; bf16 is rounded stochastically", ("fp32", "bf16", "fp16")
+        None,
+        "memory",
+        "of what trains; bf16 is rounded stochastically where the GPU moves it",
+        ("fp32", "bf16", "fp16"),
     )
     optimizer_bits: int | None = setting(None, "memory", "of each of AdamW's moments", (32, 8))
     optimizer_on_cpu: bool | None = setting(
@@ -200,10 +203,12 @@ def parse(argv: list[str] | None) -> Asked:
     )
     parser.add_argument("--resume", metavar="RUN", help="folder of a run to go on with")
     parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
-    plan = parser.add_argument_group("what it would take")
-    plan.add_argument("--plan", action="store_true", help="tell memory, arithmetic, disk and time, and train nothing")
-    plan.add_argument("--vram", type=float, metavar="GIB", help="memory of the GPU: name the fastest preset that fits")
-    plan.add_argument("--rate", type=float, metavar="N", help="images a second that it makes, to tell the time")
+    about = parser.add_argument_group("what it would take")
+    about.add_argument("--plan", action="store_true", help="tell memory, arithmetic, disk and time, and train nothing")
+    about.add_argument(
+        "--vram", type=float, metavar="GIB", help="with --plan: memory of the GPU, to name the fastest preset that fits"
+    )
+    about.add_argument("--rate", type=float, metavar="N", help="with --plan: images a second, to tell the time")
     groups = {}
     for f in dataclasses.fields(Config):
         name, text = f.metadata["group"], f.metadata["help"]
@@ -216,7 +221,9 @@ def parse(argv: list[str] | None) -> Asked:
         else:
             group.add_argument(flag, type=kind, choices=f.metadata["choices"], help=text + default)
     given = vars(parser.parse_args(argv))
-    resume, overwrite, *about = (given.pop(k, None) for k in ("resume", "overwrite", "plan", "vram", "rate"))
+    resume, overwrite, plan, vram, rate = (given.pop(k, None) for k in ("resume", "overwrite", "plan", "vram", "rate"))
+    if (vram or rate) and not plan:
+        raise CheckpointError("--vram and --rate are questions for --plan")
     if resume:
         if overwrite or "out" in given:
             raise CheckpointError("--resume goes on in the run's own folder: no --out, no --overwrite")
@@ -231,7 +238,7 @@ def parse(argv: list[str] | None) -> Asked:
             )
     elif "base" not in given and "data" not in given:
         settings = dict(DEMO)
-    elif "base" in given and about[0]:  # a plan needs no data
+    elif "base" in given and plan:  # a plan needs no data
         settings = {"out": "runs/plan"}
     elif "base" in given and "data" in given:
         settings = {"out": f"runs/{Path(given['data']).resolve().name}"}
@@ -239,19 +246,24 @@ def parse(argv: list[str] | None) -> Asked:
         raise CheckpointError(
             "give --base (a Stable Diffusion file) and --data (a folder) both, or neither for the demo"
         )
-    plan, vram, rate = about
-    return Asked(Config(**(settings | given)), resume, bool(overwrite), bool(plan or vram or rate), vram, rate)
+    return Asked(Config(**(settings | given)), resume, bool(overwrite), bool(plan), vram, rate)
 
 
 def resolve(config: Config, preset: str) -> Config:
-    """`config` with what is not given by itself filled in from `preset`. GPUs that do not know bf16 compute in fp16, in
-    which weights can be moved on the CPU alone."""
+    """`config` with what is not given by itself filled in from `preset`, as far as it goes together with what is given:
+    a precision other than the preset's keeps trained weights in fp32. GPUs that do not know bf16 compute in fp16, to
+    which trained weights can be brought if the CPU moves them."""
     filled = {k: v for k, v in PRESETS[preset].items() if getattr(config, k) is None}
-    if filled.get("precision") == "bf16" and "cuda" in config.device and not torch.cuda.is_bf16_supported(False):
+    gpu = "cuda" in config.device and torch.cuda.is_available()
+    if filled.get("precision") == "bf16" and gpu and not torch.cuda.is_bf16_supported(False):
         filled["precision"] = "fp16"
-        if "trained_weights" in filled:
-            filled["trained_weights"] = "fp16" if PRESETS[preset]["optimizer_on_cpu"] else "fp32"
-    return dataclasses.replace(config, **filled)
+    whole = dataclasses.replace(config, **filled, memory=preset)
+    if "trained_weights" in filled and whole.trained_weights not in ("fp32", whole.precision):
+        half = whole.precision == "fp16" and whole.optimizer_on_cpu
+        whole.trained_weights = "fp16" if half else "fp32"
+    if "stream" in filled and (config.compile or not whole.gradient_checkpointing):
+        whole.stream = False
+    return whole
 
 
 def validate(config: Config) -> None:

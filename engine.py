@@ -125,12 +125,13 @@ class Engine:
         """Add a micro-batch's gradient to what is there; return its part of the step's loss. With the `last` one the
         gradients are whole and can travel (where ranks need not add them up first)."""
         config = self.config
-        inputs = frozen.inputs(self.model, batch, config.device)
+        inputs = frozen.inputs(self.model, batch, config.device, config.encode_batch_size)
         losses = self.loss(self.model, *inputs, config.only_mid_control, config.min_snr_gamma, config.huber)
         loss = losses.sum() / config.batch
         travel = self.offload and last and self.ranks.count == 1
         with self.offload.arriving() if travel else contextlib.nullcontext():
-            self.scaler.scale(loss).backward()
+            # gradients that are on the CPU want the scale there too
+            self.scaler.scale(loss.cpu() if self.offload else loss).backward()
         return loss.detach()
 
     def update(self, rate: float, total: Tensor) -> float:
@@ -205,7 +206,8 @@ def assemble(config: Config, model: ControlLDM, ranks: Ranks | None = None) -> E
         optimizer = torch.optim.AdamW(
             masters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
-    scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=dtype == torch.float16)
+    kind = "cpu" if offload else torch.device(config.device).type
+    scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
     loss = torch.compile(diffusion_loss, dynamic=False) if config.compile else diffusion_loss
     average = {k: p.detach().float().clone() for k, p in masters.items()} if config.ema_decay else {}
     return Engine(config, model, trained, masters, optimizer, scaler, ranks or Ranks(), loss, offload, average)

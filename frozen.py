@@ -152,14 +152,17 @@ def freeze(model: ControlLDM, triples: Fill50K | Triples, root: str | Path, batc
 
 
 @torch.no_grad()
-def inputs(model: ControlLDM, batch: dict[str, Any], device: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def inputs(
+    model: ControlLDM, batch: dict[str, Any], device: str, at_once: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """A batch of samples -> latents, context, hint, timesteps, noise, as the loss takes them: what was computed once
-    from the cache, otherwise from the image and the prompt; the posterior is drawn from here."""
+    from the cache, otherwise from the prompt and the image, `at_once` of them; the posterior is drawn from here."""
     move = lambda x: x.to(device, non_blocking=True)
     if "moments" in batch:
         moments = move(batch["moments"])
     else:
-        moments = model.vae.moments(move(batch["image"]).to(model.vae.quant_conv.weight.dtype))
+        images = move(batch["image"]).to(model.vae.quant_conv.weight.dtype)
+        moments = torch.cat([model.vae.moments(few) for few in images.split(at_once)])
     context = move(batch["context"]) if "context" in batch else model.encode_prompts(batch["prompt"])
     latents = model.latents(moments.float(), move(batch["posterior"]))
     return latents, context, move(batch["hint"]), move(batch["timestep"]), move(batch["noise"])

@@ -17,7 +17,7 @@ import contextlib
 import hashlib
 import resource
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -225,7 +225,7 @@ class Offload:
     """
 
     def __init__(self, trained: Mapping[str, nn.Parameter]):
-        self.trained = trained
+        self.trained, self.side = trained, None
         self.masters = {name: nn.Parameter(host(p.detach().float())) for name, p in trained.items()}
         self.grads = {name: host(torch.zeros_like(p)) for name, p in self.masters.items()}
 
@@ -242,7 +242,12 @@ class Offload:
                 hook.remove()
 
     def _take(self, name: str, p: nn.Parameter) -> None:
-        self.grads[name].copy_(p.grad, non_blocking=True)
+        if p.is_cuda:  # beside the computation, which need not wait
+            self.side = self.side or torch.cuda.Stream(p.device)
+            self.side.wait_stream(torch.cuda.current_stream(p.device))
+            p.grad.record_stream(self.side)
+        with torch.cuda.stream(self.side) if self.side else contextlib.nullcontext():
+            self.grads[name].copy_(p.grad, non_blocking=True)
         self.masters[name].grad = self.grads[name]
         p.grad = None
 
@@ -251,8 +256,8 @@ class Offload:
         for name, p in self.trained.items():
             if p.grad is not None:
                 self._take(name, p)
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
+        if self.side:
+            self.side.synchronize()
 
     @torch.no_grad()
     def send(self) -> None:
@@ -282,6 +287,7 @@ class Stream:
         self.follows: dict[tuple[int, int], int] = {}
         self.last = (0, 0)
         self.ahead: dict[int, dict[str, Tensor]] = {}
+        self.begun: deque[torch.cuda.Event] = deque()  # of the blocks that the GPU may not have finished
 
     def __call__(self, block: nn.Module) -> Callable[..., Tensor]:
         if id(block) not in self.blocks:
@@ -297,6 +303,9 @@ class Stream:
             current.wait_stream(self.side)
             for w in weights.values():
                 w.record_stream(current)
+            self.begun.append(current.record_event())
+            if len(self.begun) > 2:  # else the CPU runs ahead and asks for all blocks' memory at once
+                self.begun.popleft().synchronize()
         coming = self.follows.get(self.last)
         self.ahead = {coming: self._bring(coming)} if coming else {}
         return weights

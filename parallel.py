@@ -36,11 +36,12 @@ class Ranks:
     def __init__(self, device: str = "cpu"):
         """Join the others; plain "cuda" becomes this rank's GPU. Only rank 0 speaks; errors are told by all."""
         self.count, self.rank, self.device = world_size(), int(os.environ.get("RANK", 0)), device
+        if device == "cuda" and self.count > 1:
+            self.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if self.device.startswith("cuda:"):
+            torch.cuda.set_device(self.device)
         if self.count == 1:
             return
-        if device == "cuda":
-            self.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(self.device)
         if not dist.is_initialized():  # rank 0 may draw and save for long while the others wait
             dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
         if not self.main:
@@ -74,3 +75,11 @@ class Ranks:
         flags = torch.tensor([float(flag)], device=self.device)
         dist.all_reduce(flags)
         return bool(flags.item())
+
+    def least(self, value: float) -> float:
+        """The smallest of the ranks' values."""
+        if self.count == 1:
+            return value
+        smallest = torch.tensor([float(value)], dtype=torch.float64, device=self.device)
+        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        return smallest.item()

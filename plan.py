@@ -2,6 +2,7 @@
 
     python train.py --plan --base sd15 --batch-size 4 --vram 8
     python train.py --plan --base v1-5-pruned.safetensors --data data/fill50k --memory 6gb --rate 2.5
+    python train.py --plan --resume runs/fill50k                    the time from the steps that it has made
 
 The step that `engine.py` would make is made on fake tensors, which have shapes and no content, and `memory.measure`
 counts what is alive. What CUDA needs beside that is allowed for by two constants, stated where they are used.
@@ -24,6 +25,7 @@ import memory
 from config import PRESETS, Config, resolve, validate
 from controlnet import MODELS, PRECISIONS, ControlLDM, ModelConfig, read_model
 from memory import GIB, Peak
+from parallel import Ranks
 
 WORKSPACE = 0.25 * GIB  # cuBLAS' and cuDNN's, inside of what PyTorch allocates
 CONTEXT = 0.6 * GIB  # driver, kernels, fragmentation: what a GPU cannot give to tensors
@@ -48,8 +50,9 @@ def fake_batch(config: Config, shapes: ModelConfig, size: tuple[int, int]) -> di
 
 def predict(config: Config, shapes: ModelConfig, size: tuple[int, int]) -> dict[str, Peak]:
     """What the GPU has to hold at most, name -> peak, while the run trains, caches and draws. `config` is resolved."""
-    precision = {"tf32": "fp32", "fp16": "bf16"}.get(config.precision, config.precision)  # of the same size
-    config = dataclasses.replace(config, device="cpu", precision=precision, compile=False)
+    same = lambda name: {"tf32": "fp32", "fp16": "bf16"}.get(name, name)  # of the same size
+    precision, weights = same(config.precision), same(config.trained_weights)
+    config = dataclasses.replace(config, device="cpu", precision=precision, trained_weights=weights, compile=False)
     peaks = {}
     with FakeTensorMode():
         model = ControlLDM(shapes, config.hint_channels).requires_grad_(False)
@@ -90,7 +93,12 @@ def predict(config: Config, shapes: ModelConfig, size: tuple[int, int]) -> dict[
         images = torch.empty(config.encode_batch_size, 3, size[1], size[0], dtype=PRECISIONS[precision])
         peaks["caching"] = phase(lambda: model.vae.moments(images), {"VAE and text tower": frozen_parts})
         z = torch.empty(1, shapes.vae.z_channels, size[1] // shapes.vae_factor, size[0] // shapes.vae_factor)
-        peaks["drawing"] = phase(lambda: model.decode(z), on_gpu() | kept | {"VAE": list(model.vae.parameters())})
+
+        def draw() -> Tensor:
+            with made.averaged():
+                return model.decode(z)
+
+        peaks["drawing"] = phase(draw, on_gpu() | kept | {"VAE": list(model.vae.parameters())})
     return peaks if config.cache else {k: v for k, v in peaks.items() if k != "caching"}
 
 
@@ -141,14 +149,15 @@ def flops(config: Config, shapes: ModelConfig, size: tuple[int, int]) -> int:
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
-def settle(config: Config) -> Config:
-    """`config` with a preset of memory chosen where it says "auto" and all settings filled in and checked."""
-    preset = config.memory
+def settle(config: Config, ranks: Ranks) -> Config:
+    """`config` with a preset of memory chosen where it says "auto" (the same on all ranks), and all settings filled in
+    and checked."""
+    preset, given = config.memory, all(getattr(config, name) is not None for name in PRESETS["fast"])
     if preset == "auto":
         preset = "fast"
-        if "cuda" in config.device and torch.cuda.is_available() and config.base:
+        if "cuda" in config.device and torch.cuda.is_available() and config.base and not given:
             shapes, size = shapes_of(config)
-            free = torch.cuda.mem_get_info(config.device)[0]
+            free = ranks.least(torch.cuda.mem_get_info(config.device)[0])
             preset = fastest(config, shapes, size, free)[0] or list(PRESETS)[-1]
             print(f"--memory {preset}: the fastest that fits into the {free / GIB:.1f} GiB that are free")
     config = resolve(config, preset)
@@ -221,11 +230,16 @@ def plan(config: Config, vram: float | None = None, rate: float | None = None) -
     """What training as `config` says would take, as a page of text. `vram`: GiB of the GPU in question; `rate`: images
     a second, for the time. Raises CheckpointError or DataError for what cannot be trained on."""
     shapes, size = shapes_of(config)
-    fits, seen = fastest(config, shapes, size, vram * GIB) if vram else (None, {})
+    if vram is None and config.memory == "auto" and "cuda" in config.device and torch.cuda.is_available():
+        vram = room(config.device) / GIB
+    # of a run that is resumed all is settled: compare the presets as they are
+    free = config if config.memory == "auto" else dataclasses.replace(config, **dict.fromkeys(PRESETS["fast"]))
+    fits, seen = fastest(free, shapes, size, vram * GIB) if vram else (None, {})
     preset = config.memory if config.memory != "auto" else fits or (list(PRESETS)[-1] if vram else "fast")
     config = resolve(config, preset)
     validate(dataclasses.replace(config, device="cpu"))
-    peaks = seen.get(preset) or predict(config, shapes, size)
+    peaks = seen.get(preset) if free is config else None
+    peaks = peaks or predict(config, shapes, size)
     step, images = peaks["training"], config.batch
     lines = [
         f"{shapes.name} at {size[0]}x{size[1]}, batch {config.batch_size} x {config.accumulate_grad_batches}, "
@@ -234,11 +248,10 @@ def plan(config: Config, vram: float | None = None, rate: float | None = None) -
     ]
     lines += [f"    {bytes_ / GIB:6.2f}  {part}" for part, bytes_ in step.parts.most_common() if bytes_ > 5e6]
     lines += [f"GPU memory, {name:9} {peak.total / GIB:6.2f} GiB" for name, peak in peaks.items() if name != "training"]
-    if config.optimizer_on_cpu or config.stream:
-        lines.append(f"CPU memory            {on_cpu(config, shapes) / GIB:6.2f} GiB beside the program")
+    lines.append(f"CPU memory            {on_cpu(config, shapes) / GIB:6.2f} GiB beside the program")
     each = flops(config, shapes, size)
     lines.append(f"arithmetic            {each * images / 1e12:6.2f} TFLOP a step, {each / 1e12:.2f} an image")
-    if config.cache and config.data:
+    if config.cache and (Path(config.data) / "prompt.json").exists():
         rows, prompts = cache_size(config, shapes, size)
         lines.append(f"disk, cache           {(rows + prompts) / GIB:6.2f} GiB in {config.cache_dir}")
     if rate:
@@ -265,16 +278,23 @@ def describe(config: Config) -> str:
 
 
 def on_cpu(config: Config, shapes: ModelConfig) -> int:
-    """Bytes that optimizer and streamed blocks take in the CPU's memory: weight, gradient and two moments in fp32."""
+    """Bytes that training takes in the CPU's memory: VAE and text tower at rest, the optimizer (weights, gradients and
+    moments) and streamed blocks; or, if that is more, the whole model while it is loaded. Pinned memory comes in powers
+    of two."""
     with torch.device("meta"):
         model = ControlLDM(shapes, config.hint_channels)
-    trained = sum(p.numel() for p in engine.choose_trained(model, config).values())
-    locked = sum(p.numel() for p in model.unet.parameters() if not p.requires_grad)
-    moments = 2 if config.optimizer_bits == 8 else 8
-    return (
-        config.optimizer_on_cpu * trained * (8 + moments)
-        + config.stream * locked * PRECISIONS[config.precision].itemsize
-    )
+    trained = [p.numel() for p in engine.choose_trained(model, config).values()]
+    locked = [p.numel() for p in model.unet.parameters() if not p.requires_grad]
+    pinned = lambda sizes, width: sum(1 << (n * width - 1).bit_length() for n in sizes)
+    width, everything = PRECISIONS[config.precision].itemsize, sum(p.numel() for p in model.parameters())
+    resting = width * sum(p.numel() for part in (model.vae, model.text) for p in part.parameters())
+    if config.optimizer_on_cpu:
+        moments = 2 if config.optimizer_bits == 8 else 8
+        resting += 2 * pinned(trained, 4) + sum(trained) * (moments + 4 * bool(config.ema_decay))
+    if config.stream:
+        resting += pinned(locked, width)
+    loading = 4 * everything + config.optimizer_on_cpu * 2 * pinned(trained, 4)
+    return max(resting, loading)
 
 
 def cache_size(config: Config, shapes: ModelConfig, size: tuple[int, int]) -> tuple[int, int]:

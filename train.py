@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -38,7 +39,7 @@ import log
 import memory
 from checkpoint import CheckpointError
 from config import DEMO, Config, parse
-from controlnet import PRECISIONS, ControlLDM
+from controlnet import PRECISIONS, ControlLDM, use_precision
 from engine import Engine, assemble, diffusion_loss, learning_rate
 from parallel import Ranks
 from plan import describe, plan, settle, what_fits
@@ -188,7 +189,10 @@ def train(
     """
     asked = config.device  # what is found out goes into the run's copy of the settings
     ranks = Ranks(config.device)
-    config = settle(dataclasses.replace(config, device=ranks.device))
+    if dataset is not None and len(dataset) and not config.resolution:
+        height, width = np.shape(dataset[0]["jpg"])[:2]
+        config = dataclasses.replace(config, resolution=f"{width}x{height}")
+    config = settle(dataclasses.replace(config, device=ranks.device), ranks)
     run = Path(resume or config.out)
     folder = checkpoint.newest(run) if resume else None
     if not resume and not overwrite and (done := checkpoint.list_checkpoints(run)):
@@ -204,7 +208,7 @@ def train(
         dataset = data.Fill50K(config.data, None, config.hint_channels, config.hint_resample)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(True)
     with telling_what_fits(config, run):
         return fit(config, run, folder, dataset, ranks, asked)
 
@@ -228,6 +232,7 @@ def fit(
     config: Config, run: Path, folder: Path | None, dataset: data.Fill50K | Sequence, ranks: Ranks, asked: str
 ) -> Path:
     """The run itself, from the checkpoint `folder` if there is one. `asked`: the device as the user named it."""
+    use_precision(config.precision)
     model = load(config, run if folder else None)
     config.prediction = model.config.prediction
     origin = {
@@ -313,7 +318,8 @@ def announce(config: Config, model: ControlLDM, trained: dict, prepared: Prepare
 def main(argv: list[str] | None = None) -> None:
     asked = parse(argv)
     if asked.plan:
-        return print(plan(asked.config, asked.vram, asked.rate))
+        speeds = [e["images_per_second"] for e in log.read_metrics(asked.resume or "") if "images_per_second" in e]
+        return print(plan(asked.config, asked.vram, asked.rate or (statistics.median(speeds) if speeds else None)))
     if asked.config.data == DEMO["data"] and not (Path(DEMO["data"]) / "prompt.json").exists():
         circles.make(DEMO["data"])
     train(asked.config, resume=asked.resume, overwrite=asked.overwrite)

@@ -77,6 +77,15 @@ def again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing random in it
 
 
+def in_precision(block: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """How to call `block` in `dtype`: with copies of its weights where they have another (trained ones are kept in
+    fp32), through which the gradient finds back to them."""
+    if next(block.parameters()).dtype == dtype:
+        return block
+    weights = lambda: {name: p.to(dtype) for name, p in block.named_parameters()}
+    return lambda *inputs: torch.func.functional_call(block, weights(), inputs)
+
+
 class ResBlock(nn.Module):
     """Two convolutions around which the timestep is added. (B,c_in,h,w), emb (B,4*model_channels) -> (B,c_out,h,w)"""
 
@@ -252,17 +261,15 @@ class UNetEncoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.time_embed[0].weight.dtype
+        """The precision that is computed in."""
+        return self.compute or self.time_embed[0].weight.dtype
 
     def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         """`block(*inputs)`, in the way that `compute`, `recompute` and `fetch` say: every layer with weights is called
-        through here. Weights of another precision than the computation's (trained ones, kept in fp32) are cast by
-        autocast; those that have it already cost nothing."""
+        through here."""
         call = self.fetch(block) if self.fetch else block
-        precision = next(block.parameters()).dtype
-        mixed = torch.autocast(inputs[0].device.type, self.compute, enabled=self.compute not in (None, precision))
-        with mixed:
-            return again(call, *inputs) if self.recompute else call(*inputs)
+        call = in_precision(block, self.dtype) if call is block else call
+        return again(call, *inputs) if self.recompute else call(*inputs)
 
     def encode(
         self, x: Tensor, timesteps: Tensor, context: Tensor, hint: Tensor | None = None

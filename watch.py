@@ -59,7 +59,9 @@ class Watch:
         """Mean loss with the right hints, and with the hints of other samples."""
         config, sums = self.config, [0.0, 0.0]
         for batch in self.batches:
-            latents, context, hint, timesteps, noise = frozen.inputs(self.model, batch, config.device)
+            latents, context, hint, timesteps, noise = frozen.inputs(
+                self.model, batch, config.device, config.encode_batch_size
+            )
             for k, given in enumerate((hint, hint.roll(1, dims=0))):
                 whole = (latents, context, given, timesteps, noise)
                 for part in zip(*(x.split(config.batch_size) for x in whole), strict=True):
@@ -74,7 +76,7 @@ class Watch:
         count = min(config.log_images, len(self.validation))
         chosen = self.validation[:count]
         batch = {k: v[:count] for k, v in self.batches[0].items()}
-        latents, context, hint, _, _ = frozen.inputs(model, batch, config.device)
+        latents, context, hint, _, _ = frozen.inputs(model, batch, config.device, config.encode_batch_size)
         size = tuple(side * model.vae.factor for side in latents.shape[:1:-1])
         drawn = []
         for i in range(0, count, config.batch_size):

@@ -7,8 +7,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import checkpoint
+import config as config_module
 import engine
 import frozen
+import log
 import memory
 import plan
 import train
@@ -16,6 +18,7 @@ from checkpoint import CheckpointError
 from config import PRESETS, resolve
 from controlnet import TINY, ControlLDM
 from memory import FIRST, SECOND
+from parallel import Ranks
 from tests.test_train import config, equal, losses, weights  # noqa: F401 (config is a fixture)
 
 
@@ -241,6 +244,14 @@ def test_plan_as_text(config, base, folder, monkeypatch):  # noqa: F811
     assert "none of the presets fits" in none and "--memory 4gb" in none
 
 
+def test_plan_of_a_run_takes_the_speed_that_it_had(config, monkeypatch, capsys):  # noqa: F811
+    run = train.train(config)
+    monkeypatch.setattr(plan, "predict", lambda *_: {"training": memory.Peak(2**30)})
+    monkeypatch.setattr(log, "read_metrics", lambda run: [{"step": 1, "images_per_second": 2.0}])
+    train.main(["--plan", "--resume", str(run), "--steps", "3600"])
+    assert "2.0 h for 3600 steps at 2 images/s" in capsys.readouterr().out
+
+
 def test_the_plan_leaves_no_trace(config):  # noqa: F811
     """Fake tensors must not come to lie in what is kept for real runs."""
     plan.predict(resolve(config, "fast"), TINY, (64, 64))
@@ -287,7 +298,23 @@ def test_auto_takes_the_first_preset_that_fits(config, monkeypatch):  # noqa: F8
     for room, wanted in ((9, "fast"), (8, "8gb"), (3, "4gb"), (2, None)):
         assert plan.fastest(config, TINY, (64, 64), room + plan.CONTEXT)[0] == wanted
     monkeypatch.undo()
-    assert plan.settle(config).optimizer_bits == 32  # without a GPU there is nothing to fit
+    assert plan.settle(config, Ranks()).optimizer_bits == 32  # without a GPU there is nothing to fit
+
+
+def test_what_is_given_beside_a_preset_wins(config, monkeypatch):  # noqa: F811
+    """And what the preset would fill in gives way where the two do not go together."""
+    free = dataclasses.replace(config, **LEAN)
+    six = resolve(dataclasses.replace(free, precision="fp32"), "6gb")
+    assert (six.precision, six.trained_weights, six.optimizer_bits, six.memory) == ("fp32", "fp32", 8, "6gb")
+    four = resolve(dataclasses.replace(free, gradient_checkpointing=False), "4gb")
+    assert (four.stream, four.optimizer_on_cpu) == (False, True)
+    for name in ("is_available", "is_bf16_supported"):  # a GPU from before bfloat16
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: name == "is_available")
+    old = {name: resolve(dataclasses.replace(free, device="cuda"), name) for name in PRESETS}
+    assert [c.precision for c in old.values()] == ["fp32", "fp16", "fp16", "fp16"]
+    assert [c.trained_weights for c in old.values()] == ["fp32", "fp32", "fp32", "fp16"]
+    for c in old.values():
+        config_module.validate(c)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,42 @@
+"""Claims of speed are made by a command; here it is seen to measure what it says."""
+
+import json
+
+import pytest
+
+import bench
+
+
+def run(capsys, *arguments: str) -> dict[str, str]:
+    bench.main([*arguments, "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_step_against_diffusers(capsys):
+    seen = run(capsys, "step", "--resolution", "32", "--repeat", "2", "--against", "diffusers", "--no-cache")
+    number = lambda key: float(seen[key].split()[0])
+    assert number("seconds a step") > 0 and number("times as fast") > 0 and 0 < number("of their memory") < 10
+    ratio = number("diffusers, seconds") / number("seconds a step")
+    assert number("times as fast") == pytest.approx(ratio, rel=0.5)  # of medians, and median of the pairs' ratios
+    spent = {k.strip(): float(v) for k, v in seen.items() if k.startswith("    ")}
+    assert spent["of it VAE"] > 0 and spent["of it VAE"] + spent["of it text"] <= spent["batch to the device"] + 0.002
+    assert {"ControlNet", "UNet, encoder", "UNet, decoder", "backward", "optimizer and clipping"} <= spent.keys()
+    assert 0 < float(seen["fraction of the limit"]) < 1 and float(seen["TFLOP a step"]) >= 0
+
+
+def test_images_against_the_pipeline(capsys):
+    seen = run(capsys, "sample", "--resolution", "32", "--steps", "3", "--repeat", "1", "--against", "diffusers")
+    assert all(float(v.split()[0]) > 0 for k, v in seen.items() if k != "model") and len(seen) == 4
+
+
+def test_the_loader(capsys):
+    seen = run(capsys, "data", "--resolution", "32")
+    assert float(seen["samples a second from the cache"]) > 0 and float(seen["samples a second from PNG"]) > 0
+
+
+def test_what_cannot_be_measured_says_so(monkeypatch):
+    with pytest.raises(SystemExit, match="multiple of 32 for tiny"):
+        bench.main(["step", "--resolution", "50"])
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install -r requirements-dev.txt"):
+        bench.main(["step", "--against", "diffusers"])
