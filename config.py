@@ -50,7 +50,11 @@ def setting(default: Any, group: str, text: str, choices: Sequence[str] | None =
 class Config:
     """Every setting of a run; each is a flag of the same name. Defaults are the ControlNet tutorial's."""
 
-    base: str = setting("", "what to train", "Stable Diffusion file to attach a ControlNet to (or one that has it)")
+    base: str = setting(
+        "",
+        "what to train",
+        "Stable Diffusion file to attach a ControlNet to, or one that has it (a plan also takes sd15, sd21, ...)",
+    )
     data: str = setting("", "what to train", "folder with prompt.json, source/ and target/ (Fill50K's layout)")
     out: str = setting("", "what to train", "the run's folder (default: runs/ and the data folder's name)")
     resolution: str = setting("", "what to train", "size of the images, N or WxH (default: the first target's)")
@@ -213,7 +217,7 @@ def parse(argv: list[str] | None) -> Asked:
     for f in dataclasses.fields(Config):
         name, text = f.metadata["group"], f.metadata["help"]
         group = groups.setdefault(name, parser.add_argument_group(name))
-        default = f" (default: {f.default})" if f.default not in ("", None) else ""
+        default = f" (default: {'of the preset' if f.default is None else f.default})" if f.default != "" else ""
         kind = type(PRESETS["fast"].get(f.name, f.default))
         flag = "--" + f.name.replace("_", "-")
         if kind is bool:
