@@ -184,7 +184,8 @@ def assemble(config: Config, model: ControlLDM, ranks: Ranks | None = None) -> E
     trained, dtype = choose_trained(model, config), use_precision(config.precision)
     unet, control = model.unet, model.control_model
     if config.channels_last:
-        model.to(memory_format=torch.channels_last)
+        for p in model.parameters():
+            p.data = p.data.contiguous(memory_format=torch.channels_last) if p.ndim == 4 else p.data
     offload = memory.Offload(trained) if config.optimizer_on_cpu else None
     for p in (*unet.parameters(), *control.parameters()):
         p.data = p.data.to(PRECISIONS[config.trained_weights] if p.requires_grad else dtype)
