@@ -357,14 +357,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     cuda = torch.cuda.is_available()
 
-    def add(name: str, text: str, model: str = "tiny") -> Callable[..., None]:
+    def add(name: str, text: str, **shared: object) -> Callable[..., None]:
         sub = commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.add_argument("--resolution", type=int, help="side of the images in pixels (default: the model's)")
-        sub.add_argument("--model", choices=tuple(MODELS), default=model, help="whose shapes")
-        sub.add_argument("--json", action="store_true", help="JSON instead of a table")
+        sub.set_defaults(json=False, **shared)
         return sub.add_argument
 
+    as_json = dict(action="store_true", help="JSON instead of a table")
+    shapes = dict(choices=tuple(MODELS), help="whose shapes")
     flag = add("step", "a training step: time, memory, fraction of the machine's limit, breakdown")
+    flag("--model", default="tiny", **shapes)
+    flag("--json", **as_json)
     flag("--against", choices=("diffusers",), help="its step in turns with ours")
     flag("--batch-size", type=int, default=1, help="samples at once")
     flag("--accumulate-grad-batches", type=int, default=1, help="micro-batches a step")
@@ -378,15 +381,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--device", default="cuda" if cuda else "cpu", help="where to compute")
     flag("--repeat", type=int, default=5, help="steps that are measured, after one to warm up")
     flag = add("sample", "seconds an image of the sampler")
+    flag("--model", default="tiny", **shapes)
+    flag("--json", **as_json)
     flag("--against", choices=("diffusers",), help="its pipeline in turns with ours, on the same weights")
     flag("--steps", type=int, default=20, help="denoising steps")
     flag("--precision", choices=tuple(PRECISIONS), default="fp32", help="of the computation")
     flag("--device", default="cuda" if cuda else "cpu", help="where to compute")
     flag("--repeat", type=int, default=3, help="images that are measured, after one to warm up")
-    flag = add("memory", "the presets: predicted memory, and measured where there is a GPU", "sd15")
+    flag = add("memory", "the presets: predicted memory, and measured where there is a GPU")
+    flag("--model", default="sd15", **shapes)
     flag("--batch-size", type=int, nargs="+", default=[1, 4], help="one or more")
     flag("--repeat", type=int, default=0, help="steps to measure with each preset; 0: predict only")
-    flag = add("data", "samples a second of the loader")
+    flag = add("data", "samples a second of the loader", model="tiny")
+    flag("--json", **as_json)
     flag("--workers", type=int, default=0, help="processes that load")
     return parser.parse_args(argv)
 
