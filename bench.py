@@ -37,6 +37,7 @@ import engine
 import exchange
 import frozen
 import log
+import memory
 import merge
 import plan
 import sampler
@@ -128,6 +129,8 @@ def serve(who: str, name: str, config: Config) -> None:
     torch.manual_seed(0)
     if config.device.startswith("cuda:"):
         torch.cuda.set_device(config.device)
+    if who == "ours":
+        memory.keep_freed()  # as train.py
     step, made = CONTENDERS[who](config, name)
     for line in sys.stdin:
         start = time.perf_counter()

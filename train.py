@@ -233,6 +233,7 @@ def fit(
 ) -> Path:
     """The run itself, from the checkpoint `folder` if there is one. `asked`: the device as the user named it."""
     use_precision(config.precision)
+    memory.keep_freed()
     model = load(config, run if folder else None)
     config.prediction = model.config.prediction
     origin = {

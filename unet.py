@@ -86,20 +86,37 @@ def in_precision(block: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor]:
     return lambda *inputs: torch.func.functional_call(block, weights(), inputs)
 
 
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution over an image with a border of zeros. (B,c_in,h,w) -> (B,c_out,h/stride,w/stride)
+
+    On the CPU, from small maps to many channels, as one product of matrices: the columns (what the kernel sees at each
+    position) are then smaller than the weights, which a convolution routine would first bring into an order of its own.
+    """
+
+    def __init__(self, c_in: int, c_out: int, stride: int = 1):
+        super().__init__(c_in, c_out, 3, stride, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = (-(-side // self.stride[0]) for side in x.shape[2:])
+        small = 2 * len(x) * h * w < self.out_channels
+        if not (small and x.device.type == "cpu" and self.weight.is_contiguous()):
+            return super().forward(x)
+        columns = F.unfold(x, 3, padding=1, stride=self.stride).transpose(1, 2)  # (B,h*w,9*c_in)
+        return F.linear(columns, self.weight.flatten(1), self.bias).transpose(1, 2).unflatten(2, (h, w))
+
+
 class ResBlock(nn.Module):
     """Two convolutions around which the timestep is added. (B,c_in,h,w), emb (B,4*model_channels) -> (B,c_out,h,w)"""
 
     def __init__(self, c_in: int, c_out: int, emb_dim: int, groups: int):
         super().__init__()
-        self.in_layers = nn.Sequential(
-            nn.GroupNorm(groups, c_in, eps=1e-5), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1)
-        )
+        self.in_layers = nn.Sequential(nn.GroupNorm(groups, c_in, eps=1e-5), nn.SiLU(), Conv3x3(c_in, c_out))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, c_out))
         self.out_layers = nn.Sequential(
             nn.GroupNorm(groups, c_out, eps=1e-5),
             nn.SiLU(),
             nn.Identity(),  # the original's dropout, always 0 in Stable Diffusion; keeps the numbering of the keys
-            zero_module(nn.Conv2d(c_out, c_out, 3, padding=1)),
+            zero_module(Conv3x3(c_out, c_out)),
         )
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
@@ -197,7 +214,7 @@ class Downsample(nn.Module):
 
     def __init__(self, c: int):
         super().__init__()
-        self.op = nn.Conv2d(c, c, 3, stride=2, padding=1)
+        self.op = Conv3x3(c, c, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
@@ -208,7 +225,7 @@ class Upsample(nn.Module):
 
     def __init__(self, c: int):
         super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
+        self.conv = Conv3x3(c, c)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -240,7 +257,7 @@ class UNetEncoder(nn.Module):
         c0, groups = config.model_channels, config.norm_groups
         emb_dim = 4 * c0
         self.time_embed = nn.Sequential(nn.Linear(c0, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
-        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(config.in_channels, c0, 3, padding=1))])
+        self.input_blocks = nn.ModuleList([Block(Conv3x3(config.in_channels, c0))])
         self.skip_channels = [c0]  # channels of what each input block leaves behind
         c, factor = c0, 1
         for level, mult in enumerate(config.channel_mult):
@@ -315,7 +332,7 @@ class UNet(UNetEncoder):
         self.out = nn.Sequential(
             nn.GroupNorm(groups, c, eps=1e-5),
             nn.SiLU(),
-            zero_module(nn.Conv2d(c, config.out_channels, 3, padding=1)),
+            zero_module(Conv3x3(c, config.out_channels)),
         )
 
     def decode(
