@@ -31,63 +31,65 @@ from torch.utils._pytree import tree_leaves
 
 GIB = 2**30
 BLOCK = 256  # numbers that share a scale
-PIECE = 1 << 22  # numbers that AdamW updates at once
+PIECE = 1 << 20  # numbers that AdamW updates at once
 SMALL = 4096  # moments of tensors with fewer numbers stay fp32: nothing to win, and norms' weights matter
 
 
 # ------------------------------------------------------------------------------------------------- 8 bits for a number
 @dataclass(frozen=True)
 class Code:
-    """Magnitudes on a logarithmic scale: level 0 is 0, level j is 2^(-(levels - j) / steps) of the block's largest.
+    """How a number of [-1,1] (`signed`, int8) or [0,1] (uint8) is kept: by what the upper bits of a float say.
 
-    The relative error is the same for all that is not far below the largest of its 256 neighbours. `up`: what is too
-    small for level 1 becomes level 1, so that a denominator is never zero where a numerator is not.
+    Read as an integer, the exponent and the first three bits of the mantissa of a float32 count levels, eight to an
+    octave. The code is how many levels a magnitude is above the lowest of `levels`; that one, `zero`, is added before
+    and subtracted after, so that 0 stays 0. A negative number has the complement of its magnitude's code.
     """
 
-    levels: int
-    steps: float  # levels an octave
     signed: bool
-    up: bool
+    dtype: torch.dtype
+    levels: int
 
-    def table(self, device: torch.device) -> Tensor:
-        """What code 0..255 stands for: (256,) float32. Negative numbers have the codes above 128."""
-        values = 2.0 ** ((torch.arange(self.levels + 1, device=device, dtype=torch.float32) - self.levels) / self.steps)
-        values[0] = 0.0
-        return torch.cat([values, -values[:128]]) if self.signed else values
+    @property
+    def lowest(self) -> int:
+        """The upper bits of `zero`; those of 1.0 are 127 << 3."""
+        return (127 << 3) - self.levels
+
+    @property
+    def zero(self) -> float:
+        return 1.125 * 2.0 ** -((self.levels + 1) // 8)
 
 
-FIRST = Code(levels=127, steps=8, signed=True, up=False)  # the mean of gradients: +-4.4%, 16 octaves
-SECOND = Code(levels=255, steps=6, signed=False, up=True)  # of their squares: 12% apart, 42 octaves
+FIRST = Code(signed=True, dtype=torch.int8, levels=127)  # the mean of gradients: +-6%, 16 octaves below the largest
+SECOND = Code(signed=False, dtype=torch.uint8, levels=255)  # of their squares: 32 octaves
+DROPPED = 20  # bits of a float32 that are not kept
 
 
-def quantize(x: Tensor, code: Code, random: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """float32 numbers -> their codes (n,) uint8 and the largest magnitude of each block of 256, float32.
+def quantize(x: Tensor, code: Code, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """float32 numbers -> their codes (n,) and the largest magnitude of each block of 256, float32.
 
-    Rounds to the nearest; with `random` (n,) in [0,1) up or down so that the mean is right. The second moment needs
-    that: it changes by a thousandth a step, which rounding to the nearest of levels 12% apart would never let happen.
+    Rounds to the nearest; with `noise`, random int32 (n,) in [0, 2^20), up or down so that the mean is right. The
+    second moment needs that: it changes by a thousandth a step, which rounding to the nearest of levels 12% apart would
+    never let happen. Nor is it ever rounded to zero: it is divided by.
     """
     flat = x.reshape(-1)
-    blocks = nn.functional.pad(flat.abs(), (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+    blocks = nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK).abs()
     scale = blocks.amax(1)
-    level = (blocks / scale.clamp(min=1e-38)[:, None]).view(-1)[: flat.numel()]
-    exact = (code.levels + code.steps * level.clamp(min=1e-30).log2()).clamp(min=0.0)
-    below = exact.floor()
-    if random is None:
-        level = (exact + 0.5).floor()
-    else:  # between neighbours a < x < a q: up with the probability (x/a - 1) / (q - 1)
-        level = below + (random < (torch.exp2((exact - below) / code.steps) - 1) / (2 ** (1 / code.steps) - 1))
-    level = level.clamp_(max=code.levels)
-    if code.up:
-        level = torch.where(flat != 0, level.clamp(min=1), 0)
+    blocks.mul_((1 - code.zero) / scale.clamp(min=1e-30)[:, None]).add_(code.zero)
+    level = blocks.view(-1).view(torch.int32)[: flat.numel()]
+    level.add_(1 << DROPPED - 1 if noise is None else noise).bitwise_right_shift_(DROPPED).sub_(code.lowest)
+    level.clamp_(0 if code.signed else 1, code.levels)
     if code.signed:
-        level = level + 128 * ((flat < 0) & (level > 0))
-    return level.to(torch.uint8), scale
+        level.bitwise_xor_(flat.view(torch.int32) >> 31)  # of a negative number all ones
+    return level.to(code.dtype), scale
 
 
 def dequantize(codes: Tensor, scale: Tensor, code: Code) -> Tensor:
     """What `quantize` kept, (n,) float32."""
-    values = code.table(codes.device)[codes.int()]
-    return values * scale.repeat_interleave(BLOCK)[: values.numel()]
+    level = nn.functional.pad(codes, (0, -codes.numel() % BLOCK)).int()
+    sign = level >> 31
+    values = level.bitwise_xor_(sign).add_(code.lowest).bitwise_left_shift_(DROPPED).view(torch.float32)
+    values.sub_(code.zero).view(torch.int32).bitwise_or_(sign.bitwise_left_shift_(31))
+    return values.view(-1, BLOCK).mul_(scale[:, None] / (1 - code.zero)).view(-1)[: codes.numel()]
 
 
 def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -116,6 +118,7 @@ class AdamW(torch.optim.Optimizer):
     ):  # fmt: skip
         super().__init__(named.values(), dict(lr=lr, weight_decay=weight_decay, betas=betas, eps=eps))
         self.names, self.bits, self.seed = {id(p): name for name, p in named.items()}, bits, seed
+        self.drawn: tuple = (0, None)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -134,7 +137,9 @@ class AdamW(torch.optim.Optimizer):
         self.begin(p)
         state = self.state[p]
         t = state["step"] = int(state["step"]) + 1
-        generator = generator_for(p.device, self.seed, t, self.names[id(p)])
+        noise = self.noise(t, p.device) if self.bits == 8 else None
+        brain = p.dtype == torch.bfloat16
+        generator = generator_for(p.device, self.seed, t, self.names[id(p)]) if brain else None
         weights, gradient = p.detach().reshape(-1), p.grad.reshape(-1)
         for start in range(0, p.numel(), PIECE):
             part = slice(start, min(start + PIECE, p.numel()))
@@ -142,12 +147,22 @@ class AdamW(torch.optim.Optimizer):
             m = read(state, "exp_avg", part).lerp_(g, 1 - betas[0])
             v = read(state, "exp_avg_sq", part).mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
             write(state, "exp_avg", part, m)
-            write(state, "exp_avg_sq", part, v, torch.rand(len(g), generator=generator, device=g.device))
-            update = (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt_() + eps)
-            w = w.mul(1 - lr * weight_decay).sub_(update, alpha=lr)
-            weights[part] = round_stochastically(w, generator) if p.dtype == torch.bfloat16 else w
+            write(state, "exp_avg_sq", part, v, noise)
+            denominator = (v / (1 - betas[1] ** t)).sqrt_().add_(eps)
+            w.mul_(1 - lr * weight_decay).addcdiv_(m, denominator, value=-lr / (1 - betas[0] ** t))
+            if brain:
+                weights[part] = round_stochastically(w, generator)
         if not p.is_contiguous():  # its order in memory is not that of the shape: they were a copy
             p.copy_(weights.view(p.shape))
+
+    def noise(self, t: int, device: torch.device) -> Tensor:
+        """The random numbers of step `t` that second moments are rounded with: the same for every piece, which does no
+        harm, since what is rounded is another."""
+        if self.drawn[:2] != (t, device):
+            generator = generator_for(device, self.seed, t)
+            made = torch.randint(1 << DROPPED, (PIECE,), generator=generator, device=device, dtype=torch.int32)
+            self.drawn = t, device, made
+        return self.drawn[2]
 
 
 def generator_for(device: torch.device, *parts: object) -> torch.Generator:
@@ -163,7 +178,7 @@ def new_moments(count: int, device: torch.device, bits: int) -> dict[str, Tensor
     """The moments of `count` numbers before the first step: fp32, or with `bits` 8 as codes and scales."""
     if bits != 8 or count < SMALL:
         return {name: torch.zeros(count, device=device) for name in CODES}
-    codes = {f"{name}.codes": torch.zeros(count, dtype=torch.uint8, device=device) for name in CODES}
+    codes = {f"{name}.codes": torch.zeros(count, dtype=code.dtype, device=device) for name, code in CODES.items()}
     return codes | {f"{name}.scale": torch.zeros(-(-count // BLOCK), device=device) for name in CODES}
 
 
@@ -175,11 +190,12 @@ def read(state: Mapping[str, Tensor], name: str, part: slice) -> Tensor:
     return dequantize(state[f"{name}.codes"][part], state[f"{name}.scale"][blocks], CODES[name])
 
 
-def write(state: Mapping[str, Tensor], name: str, part: slice, x: Tensor, random: Tensor | None = None) -> None:
+def write(state: Mapping[str, Tensor], name: str, part: slice, x: Tensor, noise: Tensor | None = None) -> None:
     """Put numbers `part` of a moment back as it is kept; what is kept in fp32 was changed in place."""
     if name not in state:
         blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
-        state[f"{name}.codes"][part], state[f"{name}.scale"][blocks] = quantize(x, CODES[name], random)
+        noise = None if noise is None else noise[: len(x)]
+        state[f"{name}.codes"][part], state[f"{name}.scale"][blocks] = quantize(x, CODES[name], noise)
 
 
 def adopt(saved: Mapping[str, Tensor], p: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -35,11 +35,11 @@ def test_codes_keep_numbers_to_a_few_percent():
     x = numbers(3000)
     codes, scale = memory.quantize(x, FIRST)
     back = memory.dequantize(codes, scale, FIRST)
-    assert codes.dtype == torch.uint8 and len(scale) == 12
+    assert codes.dtype == torch.int8 and len(scale) == 12
     largest = scale.repeat_interleave(256)[:3000]
     near = x.abs() > largest * 2**-15
-    assert near.sum() > 1500 and ((back - x).abs()[near] <= 0.045 * x.abs()[near]).all()
-    assert (back[~near].abs() <= largest[~near] * 2**-14.9).all() and (back[x == 0] == 0).all()
+    assert near.sum() > 1500 and ((back - x).abs()[near] <= 0.064 * x.abs()[near] + largest[near] * 2**-20).all()
+    assert ((back - x).abs()[~near] <= largest[~near] * 2**-19).all() and (back[x == 0] == 0).all()
     again = memory.quantize(back, FIRST)
     assert torch.equal(again[0], codes) and torch.equal(again[1], scale)  # what was rounded once stays
 
@@ -49,11 +49,16 @@ def test_second_moments_round_so_that_the_mean_is_right_and_never_to_zero():
     random = torch.Generator().manual_seed(1)
     draws = []
     for _ in range(400):
-        codes, scale = memory.quantize(v, SECOND, torch.rand(1000, generator=random))
+        codes, scale = memory.quantize(v, SECOND, torch.randint(1 << 20, (1000,), generator=random, dtype=torch.int32))
         draws.append(memory.dequantize(codes, scale, SECOND))
     mean = torch.stack(draws).mean(0)
-    large = v > scale.repeat_interleave(256)[:1000] * 2**-40
-    assert ((mean / v - 1).abs()[large] < 0.02).all() and ((mean == 0) == (v == 0)).all()
+    large = v > scale.repeat_interleave(256)[:1000] * 2**-30
+    largest = scale.repeat_interleave(256)[:1000]
+    assert (
+        ((mean / v - 1).abs()[large] < 0.02).all()
+        and (mean > 0).all()
+        and (mean[v == 0] < largest[v == 0] * 2**-34).all()
+    )
     fixed = memory.dequantize(*memory.quantize(v, SECOND), SECOND)
     assert ((fixed / v - 1).abs()[large] > 0.02).any()  # rounding to the nearest alone is off by more
 
