@@ -42,7 +42,7 @@ import merge
 import plan
 import sampler
 from checkpoint import CheckpointError
-from config import PRESETS, Config, resolve, validate
+from config import PRESETS, Config, add_flags, resolve, validate
 from controlnet import MODELS, PRECISIONS, ControlLDM, use_precision
 
 GIB = 2**30
@@ -231,10 +231,10 @@ def measure_step(config: Config, name: str, repeat: int, against: bool = False, 
     the machine's limit, and the same of diffusers' in turns with ours."""
     contenders = {who: Contender(who, name, config) for who in (CONTENDERS if against else ["ours"])}
     seconds = {who: [] for who in contenders}
-    for turn in range(repeat + 1):
+    for turn in range(repeat + 2):
         for who, contender in contenders.items():
             took = contender.ask("step")
-            if turn:  # the first is to warm up
+            if turn > 1:  # the first are to warm up
                 seconds[who].append(took)
     mine, side = contenders["ours"], int(config.resolution)
     peak = {who: contender.ask("peak") for who, contender in contenders.items()}
@@ -355,6 +355,13 @@ def measure_data(side: int, workers: int, count: int = 256) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------------------- CLI
+STEP = {  # the settings of train.py that a step's time depends on
+    "device", "batch_size", "accumulate_grad_batches", "precision", "memory", "cache", "channels_last", "compile",
+    "gradient_checkpointing", "attention_slice", "optimizer_bits", "trained_weights", "optimizer_on_cpu", "stream",
+    "ema_decay", "only_mid_control", "sd_locked",
+}  # fmt: skip
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure this machine.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -372,17 +379,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--model", default="tiny", **shapes)
     flag("--json", **as_json)
     flag("--against", choices=("diffusers",), help="its step in turns with ours")
-    flag("--batch-size", type=int, default=1, help="samples at once")
-    flag("--accumulate-grad-batches", type=int, default=1, help="micro-batches a step")
-    flag("--precision", choices=tuple(PRECISIONS), help="of the computation (default: the preset's)")
-    flag("--memory", choices=tuple(PRESETS), default="fast", help="preset")
-    flag(
-        "--cache", action=argparse.BooleanOptionalAction, default=True, help="latents and contexts are computed before"
-    )
-    flag("--channels-last", action="store_true", help="as of train.py")
-    flag("--compile", action="store_true", help="as of train.py")
-    flag("--device", default="cuda" if cuda else "cpu", help="where to compute")
-    flag("--repeat", type=int, default=5, help="steps that are measured, after one to warm up")
+    flag("--repeat", type=int, default=5, help="steps that are measured, after two to warm up")
+    add_flags(commands.choices["step"], STEP)
     flag = add("sample", "seconds an image of the sampler")
     flag("--model", default="tiny", **shapes)
     flag("--json", **as_json)
@@ -417,11 +415,10 @@ def main(argv: list[str] | None = None) -> None:
         against = bool(args.against)
         result = measure_sample(args.model, side, args.steps, args.repeat, args.precision, args.device, against)
     else:
-        names = ("batch_size", "accumulate_grad_batches", "precision", "cache", "channels_last", "compile", "device")
-        settings = {name: getattr(args, name) for name in names}
-        config = resolve(
-            Config(base=args.model, out="none", resolution=str(side), clip_grad_norm=1.0, **settings), args.memory
-        )
+        settings = dict(device="cuda" if torch.cuda.is_available() else "cpu", clip_grad_norm=1.0)
+        settings |= {name: value for name, value in vars(args).items() if name in STEP}
+        config = Config(base=args.model, out="none", resolution=str(side), **settings)
+        config = resolve(config, "fast" if config.memory == "auto" else config.memory)
         validate(config)
         result = measure_step(config, args.model, args.repeat, bool(args.against), parts=True)
     print(json.dumps(result) if args.json else "\n".join(f"{k:32} {v}" for k, v in result.items()))

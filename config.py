@@ -6,7 +6,7 @@ beside its default. Later wins: defaults, then the demo or the resumed run, then
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -198,6 +198,24 @@ class Asked(NamedTuple):
     rate: float | None  # images a second that it makes
 
 
+def add_flags(parser: argparse.ArgumentParser, names: Collection[str] = Config.__dataclass_fields__) -> None:
+    """Give `parser` the settings `names` as flags in groups; what is not given leaves no trace in what it returns."""
+    groups = {}
+    for f in dataclasses.fields(Config):
+        if f.name not in names:
+            continue
+        name, text = f.metadata["group"], f.metadata["help"]
+        group = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
+        default = f" (default: {'of the preset' if f.default is None else f.default})" if f.default != "" else ""
+        kind = type(PRESETS["fast"].get(f.name, f.default))
+        settings = dict(help=text + default, default=argparse.SUPPRESS)
+        if kind is bool:
+            settings |= dict(action=argparse.BooleanOptionalAction)
+        else:
+            settings |= dict(type=kind, choices=f.metadata["choices"])
+        group.add_argument("--" + f.name.replace("_", "-"), **settings)
+
+
 def parse(argv: list[str] | None) -> Asked:
     """Flags -> what is asked for. Later wins: defaults, demo or resumed run, flags."""
     parser = argparse.ArgumentParser(
@@ -213,17 +231,7 @@ def parse(argv: list[str] | None) -> Asked:
         "--vram", type=float, metavar="GIB", help="with --plan: memory of the GPU, to name the fastest preset that fits"
     )
     about.add_argument("--rate", type=float, metavar="N", help="with --plan: images a second, to tell the time")
-    groups = {}
-    for f in dataclasses.fields(Config):
-        name, text = f.metadata["group"], f.metadata["help"]
-        group = groups.setdefault(name, parser.add_argument_group(name))
-        default = f" (default: {'of the preset' if f.default is None else f.default})" if f.default != "" else ""
-        kind = type(PRESETS["fast"].get(f.name, f.default))
-        flag = "--" + f.name.replace("_", "-")
-        if kind is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text + default)
-        else:
-            group.add_argument(flag, type=kind, choices=f.metadata["choices"], help=text + default)
+    add_flags(parser)
     given = vars(parser.parse_args(argv))
     resume, overwrite, plan, vram, rate = (given.pop(k, None) for k in ("resume", "overwrite", "plan", "vram", "rate"))
     if (vram or rate) and not plan:
