@@ -62,9 +62,10 @@ def random_model(name: str) -> ControlLDM:
 def ours(config: Config, name: str) -> tuple[Callable[[], None], engine.Engine]:
     """Our step, on a batch that is there, and the engine that makes it."""
     model, side = random_model(name), int(config.resolution)
-    if not config.cache:
-        for part in (model.vae, model.text):
-            part.to(config.device, PRECISIONS[config.precision])
+    if config.cache:
+        frozen.rest(model)
+    for part in () if config.cache else (model.vae, model.text):
+        part.to(config.device, PRECISIONS[config.precision])
     made = engine.assemble(config, model)
     sample = plan.fake_batch(config, MODELS[name], (side, side))
     sample = {k: torch.rand(v.shape) if v.is_floating_point() else v for k, v in sample.items()}

@@ -472,7 +472,9 @@ class ControlLDM(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B,4,h,w) -> image (B,3,8h,8w) in [-1,1]."""
-        return self.vae.decode((latents / self.config.scale_factor).to(self.vae.quant_conv.weight.dtype)).clamp(-1, 1)
+        return self.vae.decode((latents / self.config.scale_factor).to(self.vae.post_quant_conv.weight.dtype)).clamp(
+            -1, 1
+        )
 
     def predict(
         self, x: Tensor, timesteps: Tensor, context: Tensor, hint: Tensor | None = None, only_mid_control: bool = False

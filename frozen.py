@@ -151,6 +151,15 @@ def freeze(model: ControlLDM, triples: Fill50K | Triples, root: str | Path, batc
     return Frozen(latents, keys, contexts)
 
 
+def rest(model: ControlLDM) -> None:
+    """All is in the cache: free the memory of what encodes, which is not needed again, and let the VAE's decoder wait
+    in the CPU's for the next picture."""
+    for part in (model.text, model.vae.encoder, model.vae.quant_conv):
+        part.to("meta")
+    for part in model.vae.decoding:
+        part.cpu()
+
+
 @torch.no_grad()
 def inputs(
     model: ControlLDM, batch: dict[str, Any], device: str, at_once: int

@@ -98,7 +98,9 @@ def predict(config: Config, shapes: ModelConfig, size: tuple[int, int]) -> dict[
             with made.averaged():
                 return model.decode(z)
 
-        peaks["drawing"] = phase(draw, on_gpu() | kept | {"VAE": list(model.vae.parameters())})
+        peaks["drawing"] = phase(
+            draw, on_gpu() | kept | {"VAE": [p for part in model.vae.decoding for p in part.parameters()]}
+        )
     return peaks if config.cache else {k: v for k, v in peaks.items() if k != "caching"}
 
 
@@ -278,7 +280,7 @@ def describe(config: Config) -> str:
 
 
 def on_cpu(config: Config, shapes: ModelConfig) -> int:
-    """Bytes that training takes in the CPU's memory: VAE and text tower at rest, the optimizer (weights, gradients and
+    """Bytes that training takes in the CPU's memory: the VAE's decoder at rest, the optimizer (weights, gradients and
     moments) and streamed blocks; or, if that is more, the whole model while it is loaded. Pinned memory comes in powers
     of two."""
     with torch.device("meta"):
@@ -287,7 +289,7 @@ def on_cpu(config: Config, shapes: ModelConfig) -> int:
     locked = [p.numel() for p in model.unet.parameters() if not p.requires_grad]
     pinned = lambda sizes, width: sum(1 << (n * width - 1).bit_length() for n in sizes)
     width, everything = PRECISIONS[config.precision].itemsize, sum(p.numel() for p in model.parameters())
-    resting = width * sum(p.numel() for part in (model.vae, model.text) for p in part.parameters())
+    resting = width * sum(p.numel() for part in model.vae.decoding for p in part.parameters()) * config.cache
     if config.optimizer_on_cpu:
         moments = 2 if config.optimizer_bits == 8 else 8
         resting += 2 * pinned(trained, 4) + sum(trained) * (moments + 4 * bool(config.ema_decay))

@@ -60,7 +60,7 @@ class Prepared:
 
 def prepare(config: Config, model: ControlLDM, dataset: data.Fill50K | Sequence[dict[str, Any]]) -> Prepared:
     """Settle the data set's size, hold out the validation items, and fill the caches; VAE and text tower, in the
-    precision of the run, are on its device only as long as they are needed."""
+    precision of the run, are in memory only as long as they are needed."""
     multiple, files = model.config.multiple, isinstance(dataset, data.Fill50K)
     native = dataset.sizes(0)[1] if files else np.shape(dataset[0]["jpg"])[1::-1]
     wanted = data.parse_resolution(config.resolution) if config.resolution else native
@@ -88,8 +88,7 @@ def prepare(config: Config, model: ControlLDM, dataset: data.Fill50K | Sequence[
         uncond = model.encode_prompts("")[0].float().cpu()
         if config.cache:
             once = frozen.freeze(model, triples, config.cache_dir, config.encode_batch_size)
-            model.vae.cpu()
-            model.text.cpu()
+            frozen.rest(model)
     factor = model.vae.factor
     shape = (model.config.unet.in_channels, size[1] // factor, size[0] // factor)
     chance = data.Chance(

@@ -183,6 +183,11 @@ class AutoencoderKL(nn.Module):
         """How many pixels a latent is wide: 8 for four levels."""
         return 2 ** (len(self.config.ch_mult) - 1)
 
+    @property
+    def decoding(self) -> tuple[nn.Module, nn.Module]:
+        """The parts that `decode` needs."""
+        return self.post_quant_conv, self.decoder
+
     def moments(self, image: Tensor) -> Tensor:
         """image (B,3,H,W) in [-1,1], H and W multiples of `factor` -> (B,2z,H/8,W/8): mean, then log-variance."""
         return self.quant_conv(self.encoder(image))

@@ -88,8 +88,9 @@ class Watch:
                     config.seed, i, only_mid_control=config.only_mid_control,
                 )
             )  # fmt: skip
-        home = next(model.vae.parameters()).device  # after caching the VAE rests on the CPU
-        model.vae.to(config.device)
+        home = model.vae.post_quant_conv.weight.device  # after caching the VAE rests on the CPU
+        for part in model.vae.decoding:
+            part.to(config.device)
         log.save_grid(
             path,
             {
@@ -100,7 +101,8 @@ class Watch:
             },
             [triples.prompt(i) for i in chosen],
         )
-        model.vae.to(home)
+        for part in model.vae.decoding:
+            part.to(home)
 
 
 def report(run: Path, saved: int, metrics: log.Metrics, samples: data.Samples, shown: int, wanted: int) -> None:
