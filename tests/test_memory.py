@@ -9,7 +9,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import checkpoint
 import config as config_module
 import engine
-import frozen
 import log
 import memory
 import plan
