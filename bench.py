@@ -251,7 +251,7 @@ def measure_step(config: Config, name: str, repeat: int, against: bool = False, 
         "products, TFLOP/s": f"{rate / 1e12:.3f}",
         "fraction of the limit": f"{need / rate / median:.2f}",
     }
-    if parts:
+    if parts and not config.compile:  # its clocks would have all compiled anew
         result |= {f"    {k}": f"{v:.3f}" for k, v in mine.ask("breakdown").items() if v > 0}
     result["peak memory, GiB"] = f"{peak['ours']:.2f}"
     if against:
@@ -279,6 +279,7 @@ def machine(config: Config) -> str:
 def measure_sample(name: str, side: int, steps: int, repeat: int, precision: str, device: str, against: bool) -> dict:
     """Seconds an image of our sampler (DDIM, guidance, control), and of diffusers' pipeline on the same weights."""
     shapes, dtype = MODELS[name], use_precision(precision)
+    memory.keep_freed()
     model, hint, makers = random_model(name), torch.rand(1, 3, side, side), {}
     if against:
         from diffusers import StableDiffusionControlNetPipeline

@@ -72,6 +72,10 @@ class ControlNet(UNetEncoder):
         control.load_state_dict({k: state[k].to(like, copy=True) for k in control.state_dict()}, assign=True)
         return control
 
+    def read_hint(self, hint: Tensor) -> Tensor:
+        """hint (B,hint_channels,8h,8w) in [0,1] -> (B,model_channels,h,w), which is the same at every timestep."""
+        return self.run(self.input_hint_block, hint.to(self.dtype))
+
     def forward(
         self, x: Tensor, hint: Tensor, timesteps: Tensor, context: Tensor, only_mid_control: bool = False
     ) -> list[Tensor]:
@@ -80,7 +84,12 @@ class ControlNet(UNetEncoder):
         They come shallow to deep, the middle block's last. With `only_mid_control` the middle block's alone is
         computed, in a list of one.
         """
-        guided = self.run(self.input_hint_block, hint.to(self.dtype))
+        return self.residuals(x, self.read_hint(hint), timesteps, context, only_mid_control)
+
+    def residuals(
+        self, x: Tensor, guided: Tensor, timesteps: Tensor, context: Tensor, only_mid_control: bool = False
+    ) -> list[Tensor]:
+        """The same, of a hint that `read_hint` has read."""
         h, skips, _ = self.encode(x, timesteps, context, guided)
         convs = () if only_mid_control else zip(self.zero_convs, skips, strict=True)
         return [*(self.run(conv, skip) for conv, skip in convs), self.run(self.middle_block_out, h)]

@@ -141,7 +141,7 @@ class Engine:
         if self.offload:
             self.offload.arrive()
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), self.config.clip_grad_norm or math.inf).item()
+        norm = self.clip()
         if self.scaler.is_enabled() or math.isfinite(total.item() + norm):
             self.scaler.step(self.optimizer)  # an enabled scaler looks for infinities itself, and lowers its scale
         if math.isfinite(total.item() + norm):
@@ -152,6 +152,14 @@ class Engine:
         self.forget()
         self.steps += 1
         return norm
+
+    def clip(self) -> float:
+        """Shorten the gradient to `clip_grad_norm` if it is longer; return its norm as it was."""
+        moved = [p for p in self.masters.values() if p.grad is not None]
+        norm, most = torch.nn.utils.get_total_norm([p.grad for p in moved]), self.config.clip_grad_norm
+        if most and not norm.item() <= most:
+            torch.nn.utils.clip_grads_with_norm_(moved, most, norm)
+        return norm.item()
 
     @torch.no_grad()
     def follow(self) -> None:

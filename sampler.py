@@ -180,17 +180,18 @@ def guided(
     alphas = alphas_cumprod(model.config, model.device)
     two = scale != 1.0
     both = torch.cat([context, negative]) if two else context
+    control_model = model.control_model if hint is not None else None
+    guided_by = control_model.read_hint(hint) if control_model else None  # once for all steps
 
     def residuals(x: Tensor, t: Tensor) -> list[Tensor] | None:
         done = 1 - t[0].item() / len(alphas)
-        if hint is None or model.control_model is None or not start <= done <= end:
+        if control_model is None or not start <= done <= end:
             return None
         double = two and not guess_mode
         x, t = (torch.cat([x, x]), torch.cat([t, t])) if double else (x, t)
-        control = model.control_model(
-            x, torch.cat([hint, hint]) if double else hint, t, both if double else context, only_mid_control
-        )
-        last = len(model.control_model.zero_convs)  # 12: the residual of the middle block
+        read = torch.cat([guided_by, guided_by]) if double else guided_by
+        control = control_model.residuals(x, read, t, both if double else context, only_mid_control)
+        last = len(control_model.zero_convs)  # 12: the residual of the middle block
         first = last - len(control) + 1
         control = [
             r * (strength * 0.825 ** (last - i) if guess_mode else strength) for i, r in enumerate(control, first)
