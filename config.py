@@ -262,20 +262,24 @@ def parse(argv: list[str] | None) -> Asked:
 
 
 def resolve(config: Config, preset: str) -> Config:
-    """`config` with what is not given by itself filled in from `preset`, as far as it goes together with what is given:
-    a precision other than the preset's keeps trained weights in fp32. GPUs that do not know bf16 compute in fp16, to
-    which trained weights can be brought if the CPU moves them."""
+    """`config` with what is not given by itself filled in from `preset`, as far as it goes together with what is given.
+    GPUs that do not know bf16 compute in fp16, to which trained weights can be brought if the CPU moves them."""
     filled = {k: v for k, v in PRESETS[preset].items() if getattr(config, k) is None}
     gpu = "cuda" in config.device and torch.cuda.is_available()
     if filled.get("precision") == "bf16" and gpu and not torch.cuda.is_bf16_supported(False):
         filled["precision"] = "fp16"
     whole = dataclasses.replace(config, **filled, memory=preset)
-    if "trained_weights" in filled and whole.trained_weights not in ("fp32", whole.precision):
+    if "trained_weights" in filled and whole.trained_weights not in go_together(whole.precision):
         half = whole.precision == "fp16" and whole.optimizer_on_cpu
         whole.trained_weights = "fp16" if half else "fp32"
     if "stream" in filled and (config.compile or not whole.gradient_checkpointing):
         whole.stream = False
     return whole
+
+
+def go_together(precision: str) -> tuple[str, ...]:
+    """What trained weights can be kept in when a step is computed in `precision`."""
+    return ("fp32", "fp16") if precision == "fp16" else ("fp32", "bf16")
 
 
 def validate(config: Config) -> None:
@@ -305,10 +309,10 @@ def validate(config: Config) -> None:
         )
     if config.stream and not config.gradient_checkpointing:
         raise CheckpointError("--stream holds weights for one block at a time: it needs --gradient-checkpointing")
-    if config.trained_weights not in ("fp32", config.precision):
+    if config.trained_weights not in go_together(config.precision):
         raise CheckpointError(
-            f"--trained-weights {config.trained_weights} needs --precision {config.trained_weights}, not "
-            f"{config.precision}"
+            f"--trained-weights {config.trained_weights} does not go with --precision {config.precision}, only "
+            f"{' or '.join(go_together(config.precision))} does"
         )
     if config.trained_weights == "fp16" and not config.optimizer_on_cpu:
         raise CheckpointError("--trained-weights fp16 needs --optimizer-on-cpu, which moves them in fp32; or take bf16")

@@ -143,13 +143,28 @@ def test_where_weights_and_optimizer_lie_changes_nothing(config, change, tmp_pat
 def test_presets_train_as_the_fast_one_does(config, preset, tmp_path):  # noqa: F811
     config = dataclasses.replace(config, steps=6)  # noqa: F811
     fast = train.train(config)
-    lean = train.train(dataclasses.replace(config, **LEAN, memory=preset, out=str(tmp_path / preset)))
+    lean = dataclasses.replace(config, **LEAN | {"precision": "bf16"}, memory=preset, out=str(tmp_path / preset))
+    lean = train.train(lean)
     for a, b in zip(losses(fast), losses(lean), strict=True):
         assert a != b and a == pytest.approx(b, rel=0.02)
     kinds = {v.dtype for v in weights(lean).values()}
     assert kinds == ({torch.bfloat16} if preset == "6gb" else {torch.float32})
     kept = checkpoint.load_state_dict(checkpoint.newest(lean) / "optimizer.safetensors")
     assert any(".codes:" in k for k in kept) == (preset != "4gb")
+
+
+def test_a_cpu_without_bf16_computes_in_fp32(config, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    lean = dataclasses.replace(config, **LEAN, memory="6gb")
+    settled = plan.settle(lean, Ranks())
+    assert (settled.precision, settled.trained_weights) == (
+        "fp32",
+        "bf16",
+    ) and "no instructions" in capsys.readouterr().out
+    assert plan.settle(dataclasses.replace(lean, precision="bf16"), Ranks()).precision == "bf16"
+    assert "fp32 is many times as fast" in capsys.readouterr().out
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    assert plan.settle(lean, Ranks()).precision == "bf16" and not capsys.readouterr().out
 
 
 def test_the_preset_may_change_on_resume(config):  # noqa: F811
@@ -309,7 +324,7 @@ def test_what_is_given_beside_a_preset_wins(config, monkeypatch):  # noqa: F811
     """And what the preset would fill in gives way where the two do not go together."""
     free = dataclasses.replace(config, **LEAN)
     six = resolve(dataclasses.replace(free, precision="fp32"), "6gb")
-    assert (six.precision, six.trained_weights, six.optimizer_bits, six.memory) == ("fp32", "fp32", 8, "6gb")
+    assert (six.precision, six.trained_weights, six.optimizer_bits, six.memory) == ("fp32", "bf16", 8, "6gb")
     four = resolve(dataclasses.replace(free, gradient_checkpointing=False), "4gb")
     assert (four.stream, four.optimizer_on_cpu) == (False, True)
     for name in ("is_available", "is_bf16_supported"):  # a GPU from before bfloat16
@@ -325,7 +340,8 @@ def test_what_is_given_beside_a_preset_wins(config, monkeypatch):  # noqa: F811
     ("change", "match"),
     [
         (dict(stream=True), "--stream.*needs --gradient-checkpointing"),
-        (dict(trained_weights="bf16"), "--trained-weights bf16 needs --precision bf16"),
+        (dict(trained_weights="fp16"), "--trained-weights fp16 does not go with --precision fp32"),
+        (dict(precision="fp16", trained_weights="bf16"), "only fp32 or fp16 does"),
         (dict(precision="fp16", trained_weights="fp16"), "fp16 needs --optimizer-on-cpu"),
         (dict(stream=True, gradient_checkpointing=True, compile=True), "--compile and --stream exclude"),
     ],
