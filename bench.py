@@ -43,7 +43,7 @@ import plan
 import sampler
 from checkpoint import CheckpointError
 from config import PRESETS, Config, add_flags, resolve, validate
-from controlnet import MODELS, PRECISIONS, ControlLDM, use_precision
+from controlnet import MODELS, PRECISIONS, ControlLDM, computed_in, use_precision
 
 GIB = 2**30
 
@@ -65,7 +65,7 @@ def ours(config: Config, name: str) -> tuple[Callable[[], None], engine.Engine]:
     if config.cache:
         frozen.rest(model)
     for part in () if config.cache else (model.vae, model.text):
-        part.to(config.device, PRECISIONS[config.precision])
+        part.to(config.device, computed_in(config.precision, config.device))
     made = engine.assemble(config, model)
     sample = plan.fake_batch(config, MODELS[name], (side, side))
     sample = {k: torch.rand(v.shape) if v.is_floating_point() else v for k, v in sample.items()}
@@ -172,7 +172,7 @@ class Contender:
 # ---------------------------------------------------------------------------------------------------------------- step
 def product_rate(config: Config) -> float:
     """Operations a second in products of large matrices, in the precision of the run: the machine's limit."""
-    side, dtype = 8192 if "cuda" in config.device else 2048, use_precision(config.precision)
+    side, dtype = 8192 if "cuda" in config.device else 2048, computed_in(config.precision, config.device)
     a, b = (torch.randn(side, side, device=config.device).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(12):

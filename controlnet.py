@@ -203,6 +203,16 @@ def use_precision(name: str) -> torch.dtype:
     return PRECISIONS[name]
 
 
+def computed_in(name: str, device: torch.device | str) -> torch.dtype:
+    """The type that `device` computes in where weights are kept in PRECISIONS[name]: the same, but float32 on a CPU
+    that has no instructions for the shorter one and would take a hundred times as long with it."""
+    dtype, onednn = use_precision(name), torch.ops.mkldnn
+    known = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if torch.device(device).type != "cpu" or dtype not in known:
+        return dtype
+    return dtype if torch.backends.mkldnn.is_available() and getattr(onednn, known[dtype])() else torch.float32
+
+
 def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The keys that start with `prefix`, without it."""
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

@@ -21,7 +21,7 @@ import frozen
 import memory
 import sampler
 from config import Config
-from controlnet import PRECISIONS, ControlLDM, use_precision
+from controlnet import PRECISIONS, ControlLDM, computed_in
 from parallel import Ranks
 from unet import CrossAttention
 
@@ -189,7 +189,9 @@ class Engine:
 def assemble(config: Config, model: ControlLDM, ranks: Ranks | None = None) -> Engine:
     """Make UNet and ControlNet of `model` ready to train on `config.device`, as `config` says. Frozen weights live in
     the precision that they are used in, trained ones in their own."""
-    trained, dtype = choose_trained(model, config), use_precision(config.precision)
+    trained, dtype = choose_trained(model, config), PRECISIONS[config.precision]
+    fake = memory.is_fake(next(model.parameters()))  # for the prediction of a GPU, which knows all of them
+    compute = dtype if fake else computed_in(config.precision, config.device)
     unet, control = model.unet, model.control_model
     if config.channels_last:
         for p in model.parameters():
@@ -199,9 +201,10 @@ def assemble(config: Config, model: ControlLDM, ranks: Ranks | None = None) -> E
         p.data = p.data.to(PRECISIONS[config.trained_weights] if p.requires_grad else dtype)
     if config.stream:
         blocks = (*unet.input_blocks, unet.middle_block, *unet.output_blocks)
-        unet.fetch = memory.Stream((b for b in blocks if not next(b.parameters()).requires_grad), config.device)
+        locked = (block for block in blocks if not next(block.parameters()).requires_grad)
+        unet.fetch = memory.Stream(locked, config.device, compute)
     for part in (unet, control):
-        part.compute, part.recompute = dtype, config.gradient_checkpointing
+        part.compute, part.recompute = compute, config.gradient_checkpointing
         for p in part.parameters():
             if not memory.is_on_host(p):
                 p.data = p.data.to(config.device)

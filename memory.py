@@ -231,10 +231,15 @@ def keep_freed() -> None:
 
 def host(t: Tensor) -> Tensor:
     """A copy of `t` in the CPU's memory, pinned where there is a GPU, so that copies to and fro need not wait."""
-    pinned = torch.cuda.is_available() and not isinstance(t, FakeTensor)
+    pinned = torch.cuda.is_available() and not is_fake(t)
     copy = torch.empty_like(t, device="cpu", pin_memory=pinned).copy_(t)
     on_host.add(copy.untyped_storage())
     return copy
+
+
+def is_fake(t: Tensor) -> bool:
+    """Is it one of those with which `measure` computes nothing?"""
+    return isinstance(t, FakeTensor) or isinstance(t.data, FakeTensor)
 
 
 def is_on_host(t: Tensor) -> bool:
@@ -295,7 +300,8 @@ class Offload:
 
 
 class Stream:
-    """Frozen blocks whose weights stay in the CPU's memory. As `fetch` of a UNet: block -> how to call it.
+    """Frozen blocks whose weights stay in the CPU's memory. As `fetch` of a UNet: block -> how to call it, in
+    the precision `compute`.
 
     When a block is called, its weights come over, and beside its computation those of the block that came next the last
     time the same two blocks were called in a row: after one step it knows the way down, up and, with gradient
@@ -303,8 +309,8 @@ class Stream:
     blocks again: streaming needs gradient checkpointing.
     """
 
-    def __init__(self, blocks: Iterable[nn.Module], device: torch.device | str):
-        self.device = torch.device(device)
+    def __init__(self, blocks: Iterable[nn.Module], device: torch.device | str, compute: torch.dtype):
+        self.device, self.compute = torch.device(device), compute
         self.blocks = {id(block): block for block in blocks}
         self.weights = {}
         for key, block in self.blocks.items():
@@ -340,7 +346,7 @@ class Stream:
 
     def _bring(self, key: int) -> dict[str, Tensor]:
         with torch.cuda.stream(self.side) if self.side else contextlib.nullcontext():
-            return {k: torch.empty_like(w, device=self.device).copy_(w, non_blocking=True)
+            return {k: torch.empty_like(w, device=self.device, dtype=self.compute).copy_(w, non_blocking=True)
                     for k, w in self.weights[key].items()}  # fmt: skip
 
 

@@ -23,7 +23,7 @@ import data
 import engine
 import memory
 from config import PRESETS, Config, resolve, validate
-from controlnet import MODELS, PRECISIONS, ControlLDM, ModelConfig, read_model
+from controlnet import MODELS, PRECISIONS, ControlLDM, ModelConfig, computed_in, read_model
 from memory import GIB, Peak
 from parallel import Ranks
 
@@ -162,15 +162,10 @@ def settle(config: Config, ranks: Ranks) -> Config:
             free = ranks.least(torch.cuda.mem_get_info(config.device)[0])
             preset = fastest(config, shapes, size, free)[0] or list(PRESETS)[-1]
             print(f"--memory {preset}: the fastest that fits into the {free / GIB:.1f} GiB that are free")
-    if config.device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        wanted, slow = config.precision or PRESETS[preset]["precision"], "this CPU has no instructions for bf16"
-        if config.precision is None and wanted == "bf16":
-            config = dataclasses.replace(config, precision="fp32")
-            print(f"--precision fp32: {slow}")
-        elif wanted in ("bf16", "fp16"):
-            print(f"--precision {wanted}: {slow.replace('bf16', wanted)}, fp32 is many times as fast here")
     config = resolve(config, preset)
     validate(config)
+    if computed_in(config.precision, config.device) != PRECISIONS[config.precision]:
+        print(f"this CPU has no instructions for {config.precision}: weights are kept in it, fp32 is computed in")
     return config
 
 

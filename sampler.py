@@ -26,7 +26,7 @@ import checkpoint
 import data
 import log
 from checkpoint import CheckpointError
-from controlnet import PRECISIONS, SD15, ControlLDM, ModelConfig, use_precision
+from controlnet import PRECISIONS, SD15, ControlLDM, ModelConfig, computed_in
 
 EpsModel = Callable[[Tensor, Tensor], Tensor]  # (x (B,4,h,w), t (B,) int64) -> eps (B,4,h,w)
 
@@ -296,7 +296,7 @@ def main(argv: list[str] | None = None) -> None:
         args.model, prediction=args.prediction, base=args.base, control=args.control, vae=args.vae, ema=args.ema,
         clip_skip=args.clip_skip,
     )  # fmt: skip
-    model.to(args.device, use_precision(args.precision))
+    model.to(args.device, computed_in(args.precision, args.device))
     hint = None
     if args.hint:
         if model.control_model is None:

@@ -39,7 +39,7 @@ import log
 import memory
 from checkpoint import CheckpointError
 from config import DEMO, Config, parse
-from controlnet import PRECISIONS, ControlLDM, use_precision
+from controlnet import ControlLDM, computed_in, use_precision
 from engine import Engine, assemble, diffusion_loss, learning_rate
 from parallel import Ranks
 from plan import describe, plan, settle, what_fits
@@ -83,7 +83,7 @@ def prepare(config: Config, model: ControlLDM, dataset: data.Fill50K | Sequence[
 
     once = None
     for part in (model.vae, model.text):
-        part.to(config.device, PRECISIONS[config.precision])
+        part.to(config.device, computed_in(config.precision, config.device))
     with torch.no_grad():
         uncond = model.encode_prompts("")[0].float().cpu()
         if config.cache:

@@ -143,8 +143,7 @@ def test_where_weights_and_optimizer_lie_changes_nothing(config, change, tmp_pat
 def test_presets_train_as_the_fast_one_does(config, preset, tmp_path):  # noqa: F811
     config = dataclasses.replace(config, steps=6)  # noqa: F811
     fast = train.train(config)
-    lean = dataclasses.replace(config, **LEAN | {"precision": "bf16"}, memory=preset, out=str(tmp_path / preset))
-    lean = train.train(lean)
+    lean = train.train(dataclasses.replace(config, **LEAN, memory=preset, out=str(tmp_path / preset)))
     for a, b in zip(losses(fast), losses(lean), strict=True):
         assert a != b and a == pytest.approx(b, rel=0.02)
     kinds = {v.dtype for v in weights(lean).values()}
@@ -153,18 +152,14 @@ def test_presets_train_as_the_fast_one_does(config, preset, tmp_path):  # noqa: 
     assert any(".codes:" in k for k in kept) == (preset != "4gb")
 
 
-def test_a_cpu_without_bf16_computes_in_fp32(config, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    lean = dataclasses.replace(config, **LEAN, memory="6gb")
-    settled = plan.settle(lean, Ranks())
-    assert (settled.precision, settled.trained_weights) == (
-        "fp32",
-        "bf16",
-    ) and "no instructions" in capsys.readouterr().out
-    assert plan.settle(dataclasses.replace(lean, precision="bf16"), Ranks()).precision == "bf16"
-    assert "fp32 is many times as fast" in capsys.readouterr().out
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    assert plan.settle(lean, Ranks()).precision == "bf16" and not capsys.readouterr().out
+@pytest.mark.parametrize("known", [True, False])
+def test_a_cpu_without_bf16_keeps_weights_in_it_and_computes_in_fp32(config, monkeypatch, capsys, known):  # noqa: F811
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: known)
+    lean = plan.settle(dataclasses.replace(config, **LEAN, memory="6gb"), Ranks())
+    made = engine.assemble(lean, ControlLDM.from_file(config.base, attach=True))
+    assert {p.dtype for p in made.model.unet.parameters()} == {torch.bfloat16} and lean.trained_weights == "bf16"
+    assert made.model.unet.dtype == (torch.bfloat16 if known else torch.float32)
+    assert ("no instructions for bf16" in capsys.readouterr().out) != known
 
 
 def test_the_preset_may_change_on_resume(config):  # noqa: F811
@@ -231,8 +226,9 @@ def test_attention_in_slices(config, monkeypatch):  # noqa: F811
 
 
 # ----------------------------------------------------------------------------------------------------------- the plan
-def test_the_prediction_is_what_a_real_step_holds(config):  # noqa: F811
+def test_the_prediction_is_what_a_real_step_holds(config, monkeypatch):  # noqa: F811
     """The same count on real tensors, made by the real step; and each preset takes less than the one before."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)  # as on a GPU
     totals = []
     for preset in PRESETS:
         lean = resolve(dataclasses.replace(config, **LEAN, batch_size=2), preset)
