@@ -24,6 +24,11 @@ def test_a_step_against_diffusers(capsys):
     assert 0 < float(seen["fraction of the limit"]) < 1 and float(seen["TFLOP a step"]) >= 0
 
 
+def test_settings_of_train_py_shape_the_step(capsys):
+    flops = lambda *flags: float(run(capsys, "step", "--resolution", "128", "--repeat", "1", *flags)["TFLOP a step"])
+    assert flops("--batch-size", "8", "--no-sd-locked") > flops("--batch-size", "8") > flops("--batch-size", "2") > 0
+
+
 def test_images_against_the_pipeline(capsys):
     seen = run(capsys, "sample", "--resolution", "32", "--steps", "3", "--repeat", "1", "--against", "diffusers")
     assert all(float(v.split()[0]) > 0 for k, v in seen.items() if k != "model") and len(seen) == 4

@@ -7,7 +7,7 @@ import checkpoint
 from checkpoint import CheckpointError
 from clip_text import Tokenizer
 from controlnet import SD21_V, TINY, ControlLDM, ControlNet, ModelConfig
-from unet import UNetConfig
+from unet import Conv3x3, UNetConfig
 
 
 @pytest.mark.parametrize("hint_channels", [1, 3, 5])
@@ -32,6 +32,21 @@ def test_control_copies_the_encoder_and_its_seed_fixes_the_rest(base):
     assert TINY.hint_gain == 3.0  # its own; PyTorch's default otherwise, as for Stable Diffusion
     assert torch.equal(again.weight * 3, model.control_model.input_hint_block[0].weight)
     assert not torch.equal(other.weight, again.weight)
+
+
+@pytest.mark.parametrize(("batch", "side", "stride"), [(1, 4, 1), (3, 3, 1), (2, 4, 2), (1, 5, 2)])
+def test_a_convolution_as_one_product_is_the_convolution(monkeypatch, batch, side, stride):
+    conv, x = Conv3x3(6, 80, stride), torch.randn(batch, 6, side, side, requires_grad=True)
+    wanted = torch.nn.functional.conv2d(x, conv.weight, conv.bias, stride, 1)
+    with monkeypatch.context() as m:  # it does without the library's convolution
+        m.delattr(torch.nn.Conv2d, "forward")
+        out = conv(x)
+    assert out.shape == wanted.shape and torch.allclose(out, wanted, atol=1e-5)
+    upstream, weights = torch.randn_like(out), (x, conv.weight, conv.bias)
+    for a, b in zip(*(torch.autograd.grad(y, weights, upstream) for y in (out, wanted)), strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+    large = torch.randn(1, 6, 16, 16)  # many positions, few channels: the library's
+    assert torch.equal(conv(large), torch.nn.functional.conv2d(large, conv.weight, conv.bias, stride, 1))
 
 
 def test_config_fields():

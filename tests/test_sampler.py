@@ -103,6 +103,14 @@ def test_guidance_settings(steered):
     assert close(only, steered.predict(x, t, c, hint, only_mid_control=True)) and not close(only, controlled)
 
 
+def test_the_hint_is_read_once(steered, monkeypatch):
+    seen, read = [], steered.control_model.read_hint
+    monkeypatch.setattr(steered.control_model, "read_hint", lambda hint: seen.append(hint) or read(hint))
+    context = torch.randn(2, 77, steered.config.text.width)
+    sampler.sample(steered, context[:1], context[1:], torch.rand(1, 3, 64, 64), (64, 64), steps=4, scale=2.0)
+    assert len(seen) == 1
+
+
 def test_image_does_not_depend_on_the_batch(steered):
     c = steered.encode_prompts(["a", "b", "c"])
     n = steered.encode_prompts([""]).expand_as(c)
