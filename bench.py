@@ -64,8 +64,9 @@ def ours(config: Config, name: str) -> tuple[Callable[[], None], engine.Engine]:
     model, side = random_model(name), int(config.resolution)
     if config.cache:
         frozen.rest(model)
-    for part in () if config.cache else (model.vae, model.text):
-        part.to(config.device, computed_in(config.precision, config.device))
+    else:
+        for part in (model.vae, model.text):
+            part.to(config.device, computed_in(config.precision, config.device))
     made = engine.assemble(config, model)
     sample = plan.fake_batch(config, MODELS[name], (side, side))
     sample = {k: torch.rand(v.shape) if v.is_floating_point() else v for k, v in sample.items()}

@@ -239,7 +239,7 @@ def host(t: Tensor) -> Tensor:
 
 def is_fake(t: Tensor) -> bool:
     """Is it one of those with which `measure` computes nothing?"""
-    return isinstance(t, FakeTensor) or isinstance(t.data, FakeTensor)
+    return isinstance(t.data, FakeTensor)
 
 
 def is_on_host(t: Tensor) -> bool:
@@ -300,8 +300,7 @@ class Offload:
 
 
 class Stream:
-    """Frozen blocks whose weights stay in the CPU's memory. As `fetch` of a UNet: block -> how to call it, in
-    the precision `compute`.
+    """Frozen blocks whose weights stay in the CPU's memory. As `fetch` of a UNet: block -> how to call it in `compute`.
 
     When a block is called, its weights come over, and beside its computation those of the block that came next the last
     time the same two blocks were called in a row: after one step it knows the way down, up and, with gradient

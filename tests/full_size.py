@@ -56,7 +56,7 @@ def run(*command: object) -> tuple[float, float, float]:
             private = max(private, own / 2**20)
         except OSError:
             pass
-        time.sleep(max(0.1, 50 * (time.time() - looked)))  # the kernel walks all pages: seldom, or it slows what it sees
+        time.sleep(max(0.1, 50 * (time.time() - looked)))  # a look takes time that the process then lacks
     if status:
         sys.exit(f"{command[0]} failed ({status})")
     return time.time() - start, usage.ru_maxrss / 2**20, private
