@@ -27,6 +27,12 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """Whichever tests ran before in this process, a test draws the same numbers."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Path:
     """A file with a tiny Stable Diffusion of random weights, in the published key names."""
