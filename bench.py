@@ -7,8 +7,8 @@
 
 Random weights of the real shapes, so nothing is downloaded. Our step is train.py's own, on cached latents and contexts;
 diffusers' is that of its train_controlnet.py: VAE and text encoder at every step, AdamW, clipping. Each contender is a
-process of its own, which makes one step when it is asked; they are asked in turns, A B A B, so that what else goes on
-in the machine meets both, and the ratio is taken pair by pair.
+process of its own, which makes one step (or image) when it is asked; they are asked in turns, A B A B, so that what
+else goes on in the machine meets both, and the ratio is taken pair by pair.
 """
 
 import argparse
@@ -43,7 +43,7 @@ import plan
 import sampler
 from checkpoint import CheckpointError
 from config import PRESETS, Config, add_flags, resolve, validate
-from controlnet import MODELS, PRECISIONS, ControlLDM, computed_in, use_precision
+from controlnet import MODELS, PRECISIONS, ControlLDM, computed_in, use_tf32
 
 GIB = 2**30
 
@@ -59,7 +59,7 @@ def random_model(name: str) -> ControlLDM:
     return model
 
 
-def ours(config: Config, name: str) -> tuple[Callable[[], None], engine.Engine]:
+def our_step(config: Config, name: str) -> tuple[Callable[[], None], engine.Engine]:
     """Our step, on a batch that is there, and the engine that makes it."""
     model, side = random_model(name), int(config.resolution)
     if config.cache:
@@ -76,12 +76,12 @@ def ours(config: Config, name: str) -> tuple[Callable[[], None], engine.Engine]:
     return lambda: made.step(batches, config.learning_rate), made
 
 
-def diffusers(config: Config, name: str) -> tuple[Callable[[], None], None]:
+def diffusers_step(config: Config, name: str) -> tuple[Callable[[], None], None]:
     """The step of diffusers' train_controlnet.py, with its defaults, on images and prompts that are there."""
     from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    shapes, side, dtype, device = MODELS[name], int(config.resolution), use_precision(config.precision), config.device
+    shapes, side, dtype, device = MODELS[name], int(config.resolution), PRECISIONS[config.precision], config.device
     unet = UNet2DConditionModel.from_config(exchange.unet_config(shapes.unet, side // 8, False))
     control = ControlNetModel.from_config(exchange.control_config(shapes.unet, 3, shapes.hint_widths)).train()
     vae = AutoencoderKL.from_config(exchange.vae_config(shapes.vae, shapes.scale_factor, side))
@@ -122,25 +122,62 @@ def diffusers(config: Config, name: str) -> tuple[Callable[[], None], None]:
     return step, None
 
 
-CONTENDERS = {"ours": ours, "diffusers": diffusers}
+@torch.no_grad()
+def our_image(config: Config, name: str) -> tuple[Callable[[], None], None]:
+    """Our sampler's image: DDIM in `config.log_steps` steps, guidance, control."""
+    side = int(config.resolution)
+    model, hint = random_model(name), torch.rand(1, 3, side, side)
+    model.to(config.device, computed_in(config.precision, config.device))
+
+    def draw() -> None:
+        context = model.encode_prompts(["a circle", ""])
+        latents = sampler.sample(model, context[:1], context[1:], hint, (side, side), config.log_steps, GUIDANCE)
+        log.to_uint8(model.decode(latents))
+
+    return torch.no_grad()(draw), None
 
 
-def serve(who: str, name: str, config: Config) -> None:
-    """A contender's process: for each line that comes in a step, a breakdown or the rate of the machine; one line of
-    JSON out."""
+def diffusers_image(config: Config, name: str) -> tuple[Callable[[], None], None]:
+    """The image of diffusers' pipeline, with the same weights."""
+    from diffusers import StableDiffusionControlNetPipeline
+
+    side, dtype = int(config.resolution), PRECISIONS[config.precision]
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        merge.save_folder(
+            f"{folder}/model", merge.diffusers_folder(random_model(name).state_dict(), MODELS[name]), {}, False
+        )
+        pipeline = StableDiffusionControlNetPipeline.from_pretrained(f"{folder}/model", dtype=dtype)
+    pipeline.to(config.device).set_progress_bar_config(disable=True)
+    settings = dict(num_inference_steps=config.log_steps, guidance_scale=GUIDANCE, width=side, height=side)
+    hint = torch.rand(1, 3, side, side)
+    return lambda: pipeline("a circle", image=hint, **settings), None
+
+
+GUIDANCE = 7.5
+CONTENDERS = {
+    "step": {"ours": our_step, "diffusers": diffusers_step},
+    "image": {"ours": our_image, "diffusers": diffusers_image},
+}
+
+
+def serve(what: str, who: str, name: str, config: Config) -> None:
+    """A contender's process: for each line that comes in, it makes a step or an image, or says what a step is made of,
+    the rate of the machine, or its peak memory; one line of JSON out."""
     torch.manual_seed(0)
+    use_tf32(config.precision == "tf32")
     if config.device.startswith("cuda:"):
         torch.cuda.set_device(config.device)
     if who == "ours":
-        memory.keep_freed()  # as train.py
-    step, made = CONTENDERS[who](config, name)
+        memory.keep_freed()  # as train.py and sampler.py
+    make, made = CONTENDERS[what][who](config, name)
     for line in sys.stdin:
         start = time.perf_counter()
-        if line.strip() == "step":
-            step()
+        if line.strip() == "make":
+            make()
+            wait(config.device)
             answer = time.perf_counter() - start
         elif line.strip() == "breakdown":
-            answer = breakdown(made, step)
+            answer = breakdown(made, make)
         elif line.strip() == "rate":
             answer = product_rate(config)
         elif "cuda" in config.device:
@@ -153,8 +190,8 @@ def serve(who: str, name: str, config: Config) -> None:
 class Contender:
     """A contender's process, from outside."""
 
-    def __init__(self, who: str, name: str, config: Config):
-        command = [sys.executable, __file__, "serve", who, name, json.dumps(asdict(config))]
+    def __init__(self, what: str, who: str, name: str, config: Config):
+        command = [sys.executable, __file__, "serve", what, who, name, json.dumps(asdict(config))]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, what: str) -> float | dict:
@@ -168,6 +205,36 @@ class Contender:
     def end(self) -> None:
         self.process.stdin.close()
         self.process.wait()
+
+
+@contextlib.contextmanager
+def race(what: str, config: Config, name: str, repeat: int, warm: int, against: bool) -> Iterator[tuple]:
+    """Ours, the seconds that it took `repeat` times after `warm` to warm up, its peak GiB (CPU: resident; CUDA:
+    allocated), and, `against` diffusers in turns with it, the rows of a table that compare."""
+    contenders = {who: Contender(what, who, name, config) for who in (CONTENDERS[what] if against else ["ours"])}
+    seconds = {who: [] for who in contenders}
+    for turn in range(warm + repeat):
+        for who, contender in contenders.items():
+            took = contender.ask("make")
+            if turn >= warm:
+                seconds[who].append(took)
+    peak = {who: contender.ask("peak") for who, contender in contenders.items()}
+    rows = {}
+    if against:
+        pairs = sorted(b / a for a, b in zip(seconds["ours"], seconds["diffusers"], strict=True))
+        rows = {
+            "diffusers, seconds": spread(seconds["diffusers"]),
+            "diffusers, peak GiB": f"{peak['diffusers']:.2f}",
+            "times as fast": f"{statistics.median(pairs):.2f} ({pairs[0]:.2f} to {pairs[-1]:.2f}, pair by pair)",
+            "of their memory": f"{peak['ours'] / peak['diffusers']:.2f}",
+        }
+    yield contenders["ours"], seconds["ours"], peak["ours"], rows
+    for contender in contenders.values():
+        contender.end()
+
+
+def spread(seconds: list[float]) -> str:
+    return f"{statistics.median(seconds):.3f} ({min(seconds):.3f} to {max(seconds):.3f})"
 
 
 # ---------------------------------------------------------------------------------------------------------------- step
@@ -228,45 +295,26 @@ def clocked(owner: object, name: str, label: str, spent: dict[str, float], devic
     setattr(owner, name, real) if own else delattr(owner, name)
 
 
-def measure_step(config: Config, name: str, repeat: int, against: bool = False, parts: bool = False) -> dict:
-    """Seconds and peak memory of our step (CPU: resident, of a process of its own; CUDA: allocated), the fraction of
-    the machine's limit, and the same of diffusers' in turns with ours."""
-    contenders = {who: Contender(who, name, config) for who in (CONTENDERS if against else ["ours"])}
-    seconds = {who: [] for who in contenders}
-    for turn in range(repeat + 2):
-        for who, contender in contenders.items():
-            took = contender.ask("step")
-            if turn > 1:  # the first are to warm up
-                seconds[who].append(took)
-    mine, side = contenders["ours"], int(config.resolution)
-    peak = {who: contender.ask("peak") for who, contender in contenders.items()}
-    rate = mine.ask("rate")
-    median = statistics.median(seconds["ours"])
+def measure_step(config: Config, name: str, repeat: int, against: bool) -> dict:
+    """Seconds and peak memory of our step, the fraction of the machine's limit, what it is made of, and diffusers'."""
+    side = int(config.resolution)
     need = plan.flops(config, MODELS[name], (side, side)) * config.batch
-    result = {
-        "model": f"{name}, {side} px, batch {config.batch_size} x {config.accumulate_grad_batches}, {config.precision}",
+    with race("step", config, name, repeat, 2, against) as (ours, seconds, peak, comparison):
+        rate, median = ours.ask("rate"), statistics.median(seconds)
+        parts = {} if config.compile else ours.ask("breakdown")  # its clocks would have all compiled anew
+    size = f"{name}, {side} px, batch {config.batch_size} x {config.accumulate_grad_batches}, {config.precision}"
+    return {
+        "model": size,
         "machine": machine(config),
-        "seconds a step": f"{median:.3f} ({min(seconds['ours']):.3f} to {max(seconds['ours']):.3f})",
+        "seconds a step": spread(seconds),
         "images a second": f"{config.batch / median:.3f}",
         "TFLOP a step": f"{need / 1e12:.3f}",
         "products, TFLOP/s": f"{rate / 1e12:.3f}",
         "fraction of the limit": f"{need / rate / median:.2f}",
+        **{f"    {k}": f"{v:.3f}" for k, v in parts.items() if v > 0},
+        "peak memory, GiB": f"{peak:.2f}",
+        **comparison,
     }
-    if parts and not config.compile:  # its clocks would have all compiled anew
-        result |= {f"    {k}": f"{v:.3f}" for k, v in mine.ask("breakdown").items() if v > 0}
-    result["peak memory, GiB"] = f"{peak['ours']:.2f}"
-    if against:
-        theirs = seconds["diffusers"]
-        pairs = sorted(b / a for a, b in zip(seconds["ours"], theirs, strict=True))
-        result |= {
-            "diffusers, seconds": f"{statistics.median(theirs):.3f} ({min(theirs):.3f} to {max(theirs):.3f})",
-            "diffusers, peak GiB": f"{peak['diffusers']:.2f}",
-            "times as fast": f"{statistics.median(pairs):.2f} ({pairs[0]:.2f} to {pairs[-1]:.2f}, pair by pair)",
-            "of their memory": f"{peak['ours'] / peak['diffusers']:.2f}",
-        }
-    for contender in contenders.values():
-        contender.end()
-    return result
 
 
 def machine(config: Config) -> str:
@@ -276,45 +324,16 @@ def machine(config: Config) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------------- sample
-@torch.no_grad()
-def measure_sample(name: str, side: int, steps: int, repeat: int, precision: str, device: str, against: bool) -> dict:
-    """Seconds an image of our sampler (DDIM, guidance, control), and of diffusers' pipeline on the same weights."""
-    shapes, dtype = MODELS[name], use_precision(precision)
-    memory.keep_freed()
-    model, hint, makers = random_model(name), torch.rand(1, 3, side, side), {}
-    if against:
-        from diffusers import StableDiffusionControlNetPipeline
-
-        with tempfile.TemporaryDirectory() as folder:
-            with contextlib.redirect_stdout(sys.stderr):
-                merge.save_folder(f"{folder}/model", merge.diffusers_folder(model.state_dict(), shapes), {}, False)
-            pipeline = StableDiffusionControlNetPipeline.from_pretrained(f"{folder}/model", dtype=dtype)
-        pipeline.to(device).set_progress_bar_config(disable=True)
-        makers["diffusers"] = lambda: pipeline(
-            "a circle", image=hint, num_inference_steps=steps, guidance_scale=7.5, width=side, height=side
-        )
-    model.to(device, dtype)
-
-    def draw() -> None:
-        context = model.encode_prompts(["a circle", ""])
-        latents = sampler.sample(model, context[:1], context[1:], hint, (side, side), steps, 7.5)
-        log.to_uint8(model.decode(latents))
-
-    makers = {"ours": draw} | makers
-    seconds = {who: [] for who in makers}
-    for turn in range(repeat + 1):
-        for who, make in makers.items():
-            start = time.perf_counter()
-            make()
-            wait(device)
-            if turn:
-                seconds[who].append(time.perf_counter() - start)
-    result = {"model": f"{name}, {side} px, {steps} steps, {precision}"}
-    result |= {f"{who}, seconds an image": f"{statistics.median(s):.3f}" for who, s in seconds.items()}
-    if against:
-        pairs = sorted(b / a for a, b in zip(seconds["ours"], seconds["diffusers"], strict=True))
-        result["times as fast"] = f"{statistics.median(pairs):.2f} ({pairs[0]:.2f} to {pairs[-1]:.2f}, pair by pair)"
-    return result
+def measure_sample(config: Config, name: str, repeat: int, against: bool) -> dict:
+    """Seconds an image of our sampler, and of diffusers' pipeline."""
+    with race("image", config, name, repeat, 1, against) as (_, seconds, peak, comparison):
+        return {
+            "model": f"{name}, {config.resolution} px, {config.log_steps} steps, {config.precision}",
+            "machine": machine(config),
+            "seconds an image": spread(seconds),
+            "peak memory, GiB": f"{peak:.2f}",
+            **comparison,
+        }
 
 
 # ------------------------------------------------------------------------------------------------------ memory and data
@@ -330,11 +349,10 @@ def memory_table(name: str, side: int, batches: list[int], repeat: int) -> str:
         row = [preset]
         row += [f"{plan.largest(plan.predict(c, MODELS[name], (side, side))) / GIB:.2f}" for c in configs]
         for c in configs if repeat else ():
-            contender = Contender("ours", name, c)
-            seconds = statistics.median([contender.ask("step") for _ in range(repeat + 1)][1:])
-            row += [f"{contender.ask('peak'):.2f}"] * cuda
-            row.append(f"{seconds / first.setdefault(c.batch_size, seconds):.2f} x")
-            contender.end()
+            with race("step", c, name, repeat, 1, False) as (_, seconds, peak, _):
+                row += [f"{peak:.2f}"] * cuda
+                median = statistics.median(seconds)
+                row.append(f"{median / first.setdefault(c.batch_size, median):.2f} x")
         rows.append(row)
     return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
 
@@ -415,22 +433,23 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "data":
         result = measure_data(side, args.workers)
     elif args.command == "sample":
-        against = bool(args.against)
-        result = measure_sample(args.model, side, args.steps, args.repeat, args.precision, args.device, against)
+        settings = dict(precision=args.precision, device=args.device, log_steps=args.steps)
+        config = Config(base=args.model, out="none", resolution=str(side), **settings)
+        result = measure_sample(config, args.model, args.repeat, bool(args.against))
     else:
         settings = dict(device="cuda" if torch.cuda.is_available() else "cpu", clip_grad_norm=1.0)
         settings |= {name: value for name, value in vars(args).items() if name in STEP}
         config = Config(base=args.model, out="none", resolution=str(side), **settings)
         config = resolve(config, "fast" if config.memory == "auto" else config.memory)
         validate(config)
-        result = measure_step(config, args.model, args.repeat, bool(args.against), parts=True)
+        result = measure_step(config, args.model, args.repeat, bool(args.against))
     print(json.dumps(result) if args.json else "\n".join(f"{k:32} {v}" for k, v in result.items()))
 
 
 if __name__ == "__main__":
     try:
         if sys.argv[1:2] == ["serve"]:
-            serve(sys.argv[2], sys.argv[3], Config(**json.loads(sys.argv[4])))
+            serve(*sys.argv[2:5], Config(**json.loads(sys.argv[5])))
         else:
             main()
     except CheckpointError as e:

@@ -195,18 +195,16 @@ MODELS = {model.name: model for model in (SD15, SD21, SD21_V, TINY)}
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def use_precision(name: str) -> torch.dtype:
-    """The type of PRECISIONS to compute in. "tf32" is float32 whose factors a GPU rounds to 10 bits when it multiplies
-    matrices, which is a setting of the whole process."""
-    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = name == "tf32"
-    return PRECISIONS[name]
+def use_tf32(on: bool) -> None:
+    """Shall a GPU round the factors of float32 products to 10 bits? A setting of the whole process."""
+    torch.set_float32_matmul_precision("high" if on else "highest")
+    torch.backends.cudnn.allow_tf32 = on
 
 
 def computed_in(name: str, device: torch.device | str) -> torch.dtype:
     """The type that `device` computes in where weights are kept in PRECISIONS[name]: the same, but float32 on a CPU
     that has no instructions for the shorter one and would take a hundred times as long with it."""
-    dtype, onednn = use_precision(name), torch.ops.mkldnn
+    dtype, onednn = PRECISIONS[name], torch.ops.mkldnn
     known = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
     if torch.device(device).type != "cpu" or dtype not in known:
         return dtype

@@ -294,9 +294,9 @@ class Offload:
 
     @torch.no_grad()
     def send(self) -> None:
-        """The weights go back to where the model computes, in the precision that they have there."""
+        """The weights go back to where the model computes, and take the precision that they have there, there."""
         for name, p in self.trained.items():
-            p.copy_(self.masters[name], non_blocking=True)
+            p.copy_(self.masters[name].to(p.device, non_blocking=True))
 
 
 class Stream:

@@ -25,13 +25,15 @@ from tqdm import tqdm
 import checkpoint
 import data
 import log
+import memory
 from checkpoint import CheckpointError
-from controlnet import PRECISIONS, SD15, ControlLDM, ModelConfig, computed_in
+from controlnet import PRECISIONS, SD15, ControlLDM, ModelConfig, computed_in, use_tf32
 
 EpsModel = Callable[[Tensor, Tensor], Tensor]  # (x (B,4,h,w), t (B,) int64) -> eps (B,4,h,w)
 
 
 # ---------------------------------------------------------------------------------------------------------- schedule
+@torch.compiler.assume_constant_result
 def alphas_cumprod(config: ModelConfig = SD15, device: torch.device | str = "cpu") -> Tensor:
     """(timesteps,) float32: how much of the signal's power is left at each timestep. Betas linear in square root."""
     return torch.from_numpy(_alphas(config)).float().to(device)
@@ -296,6 +298,8 @@ def main(argv: list[str] | None = None) -> None:
         args.model, prediction=args.prediction, base=args.base, control=args.control, vae=args.vae, ema=args.ema,
         clip_skip=args.clip_skip,
     )  # fmt: skip
+    use_tf32(args.precision == "tf32")
+    memory.keep_freed()
     model.to(args.device, computed_in(args.precision, args.device))
     hint = None
     if args.hint:

@@ -39,7 +39,7 @@ import log
 import memory
 from checkpoint import CheckpointError
 from config import DEMO, Config, parse
-from controlnet import ControlLDM, computed_in, use_precision
+from controlnet import ControlLDM, computed_in, use_tf32
 from engine import Engine, assemble, diffusion_loss, learning_rate
 from parallel import Ranks
 from plan import describe, plan, settle, what_fits
@@ -231,7 +231,7 @@ def fit(
     config: Config, run: Path, folder: Path | None, dataset: data.Fill50K | Sequence, ranks: Ranks, asked: str
 ) -> Path:
     """The run itself, from the checkpoint `folder` if there is one. `asked`: the device as the user named it."""
-    use_precision(config.precision)
+    use_tf32(config.precision == "tf32")
     memory.keep_freed()
     model = load(config, run if folder else None)
     config.prediction = model.config.prediction

@@ -32,7 +32,7 @@ def test_settings_of_train_py_shape_the_step(capsys):
 
 def test_images_against_the_pipeline(capsys):
     seen = run(capsys, "sample", "--resolution", "32", "--steps", "3", "--repeat", "1", "--against", "diffusers")
-    assert all(float(v.split()[0]) > 0 for k, v in seen.items() if k != "model") and len(seen) == 4
+    assert all(float(v.split()[0]) > 0 for k, v in seen.items() if k not in ("model", "machine")) and len(seen) == 8
 
 
 def test_the_loader(capsys):

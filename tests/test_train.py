@@ -20,6 +20,7 @@ import train
 from checkpoint import CheckpointError
 from config import Config, resolve
 from controlnet import SD21_V, ControlLDM
+from vae import AutoencoderKL
 
 
 @pytest.fixture
@@ -209,6 +210,25 @@ def test_a_data_set_that_changes_is_not_cached(config):
     assert torch.allclose(item["hint"], item["image"]) and float(item["prompt"]) == pytest.approx(
         item["hint"].mean().item()
     )
+
+
+def test_what_is_encoded_held_out_and_drawn(config, tmp_path, monkeypatch):
+    circles.make(tmp_path / "more", count=60, size=32, seed=3)
+    config = dataclasses.replace(config, data=str(tmp_path / "more"), steps=1, batch_size=8, logger_freq=1)
+    encoded, drawn, moments, sample = [], [], AutoencoderKL.moments, sampler.sample
+
+    def noted(model, context, negative, hint, size, steps, scale, *rest, **more):
+        drawn.append((len(hint), steps, scale))
+        return sample(model, context, negative, hint, size, steps, scale, *rest, **more)
+
+    monkeypatch.setattr(AutoencoderKL, "moments", lambda vae, x: encoded.append(len(x)) or moments(vae, x))
+    monkeypatch.setattr(sampler, "sample", noted)
+    train.train(dataclasses.replace(config, encode_batch_size=7, log_images=5))
+    assert max(encoded) == 7 and drawn == [(5, 2, None)] * 2  # before the first step and after the last
+    encoded.clear(), drawn.clear()
+    other = dict(encode_batch_size=2, log_images=5, validation=3, log_steps=1, guidance=1.5)
+    train.train(dataclasses.replace(config, **other, out=str(tmp_path / "b"), cache_dir=str(tmp_path / "again")))
+    assert max(encoded) == 2 and drawn == [(3, 1, 1.5)] * 2
 
 
 def test_settings_that_shape_the_step(config, tmp_path):
