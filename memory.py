@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.optim.adamw import adamw
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -38,58 +39,53 @@ SMALL = 4096  # moments of tensors with fewer numbers stay fp32: nothing to win,
 # ------------------------------------------------------------------------------------------------- 8 bits for a number
 @dataclass(frozen=True)
 class Code:
-    """How a number of [-1,1] (`signed`, int8) or [0,1] (uint8) is kept: by what the upper bits of a float say.
+    """How numbers are kept in 8 bits: as float16 with the exponent and the first three bits of the mantissa alone.
 
-    Read as an integer, the exponent and the first three bits of the mantissa of a float32 count levels, eight to an
-    octave. The code is how many levels a magnitude is above the lowest of `levels`; that one, `zero`, is added before
-    and subtracted after, so that 0 stays 0. A negative number has the complement of its magnitude's code.
+    The largest magnitude of a block becomes `largest`. With 1, the exponent's first bit is always 0; the sign takes its
+    place. Numbers without a sign can have the whole exponent.
     """
 
-    signed: bool
     dtype: torch.dtype
-    levels: int
+    largest: float
 
     @property
-    def lowest(self) -> int:
-        """The upper bits of `zero`; those of 1.0 are 127 << 3."""
-        return (127 << 3) - self.levels
-
-    @property
-    def zero(self) -> float:
-        return 1.125 * 2.0 ** -((self.levels + 1) // 8)
+    def signed(self) -> bool:
+        return self.dtype == torch.int8
 
 
-FIRST = Code(signed=True, dtype=torch.int8, levels=127)  # the mean of gradients: +-6%, 16 octaves below the largest
-SECOND = Code(signed=False, dtype=torch.uint8, levels=255)  # of their squares: 32 octaves
-DROPPED = 20  # bits of a float32 that are not kept
+FIRST = Code(torch.int8, 1.0)  # the mean of gradients: +-6%, down to 14 octaves below the largest
+SECOND = Code(torch.uint8, 2.0**15)  # of their squares: 29 octaves
+DROPPED = 7  # bits of the mantissa that are not kept
+SIGN = 1 << 14  # where int8 looks for it when those are gone
+
+
+def in_blocks(x: Tensor) -> Tensor:
+    """(n,) -> (n/256,256), filled up with zeros."""
+    return (nn.functional.pad(x, (0, -x.numel() % BLOCK)) if x.numel() % BLOCK else x).view(-1, BLOCK)
 
 
 def quantize(x: Tensor, code: Code, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """float32 numbers -> their codes (n,) and the largest magnitude of each block of 256, float32.
+    """float32 numbers (n,) -> their codes (n,) and the largest magnitude of each block of 256, float32.
 
-    Rounds to the nearest; with `noise`, random int32 (n,) in [0, 2^20), up or down so that the mean is right. The
-    second moment needs that: it changes by a thousandth a step, which rounding to the nearest of levels 12% apart would
-    never let happen. Nor is it ever rounded to zero: it is divided by.
+    Rounds to the nearest; with `noise`, random int16 (n,) in [0, 2^7), up or down so that the mean is right. The second
+    moment needs that: it changes by a thousandth a step, which rounding to the nearest of levels 12% apart would never
+    let happen. Nor is it ever rounded to zero: it is divided by.
     """
-    flat = x.reshape(-1)
-    blocks = nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK).abs()
-    scale = blocks.amax(1)
-    blocks.mul_((1 - code.zero) / scale.clamp(min=1e-30)[:, None]).add_(code.zero)
-    level = blocks.view(-1).view(torch.int32)[: flat.numel()]
-    level.add_(1 << DROPPED - 1 if noise is None else noise).bitwise_right_shift_(DROPPED).sub_(code.lowest)
-    level.clamp_(0 if code.signed else 1, code.levels)
+    blocks = in_blocks(x)
+    scale = (blocks.abs() if code.signed else blocks).amax(1)
+    half = (blocks * (code.largest / scale.clamp(min=1e-30))[:, None]).half()
+    bits = half.view(-1)[: x.numel()].view(torch.int16)
     if code.signed:
-        level.bitwise_xor_(flat.view(torch.int32) >> 31)  # of a negative number all ones
-    return level.to(code.dtype), scale
+        bits.bitwise_or_((bits >> 1).bitwise_and_(SIGN))
+    bits.add_(1 << DROPPED - 1 if noise is None else noise).bitwise_right_shift_(DROPPED)
+    return (bits if code.signed else bits.clamp_(min=1)).to(code.dtype), scale
 
 
 def dequantize(codes: Tensor, scale: Tensor, code: Code) -> Tensor:
     """What `quantize` kept, (n,) float32."""
-    level = nn.functional.pad(codes, (0, -codes.numel() % BLOCK)).int()
-    sign = level >> 31
-    values = level.bitwise_xor_(sign).add_(code.lowest).bitwise_left_shift_(DROPPED).view(torch.float32)
-    values.sub_(code.zero).view(torch.int32).bitwise_or_(sign.bitwise_left_shift_(31))
-    return values.view(-1, BLOCK).mul_(scale[:, None] / (1 - code.zero)).view(-1)[: codes.numel()]
+    bits = codes.short().mul_(1 << DROPPED)
+    half = (bits.bitwise_and_(~SIGN) if code.signed else bits).view(torch.float16)
+    return in_blocks(half.float()).mul_((scale / code.largest)[:, None]).view(-1)[: codes.numel()]
 
 
 def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -104,7 +100,7 @@ def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) in less memory, by hand.
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) in less memory: PyTorch's, on moments kept in another way.
 
     `named`: the parameters by name; those in bfloat16 are rounded stochastically. `bits`: 8 for moments in 8 bits a
     number and 4 bytes a block of 256, otherwise 32. What is random is a function of (seed, step, name), so a run that
@@ -144,12 +140,14 @@ class AdamW(torch.optim.Optimizer):
         for start in range(0, p.numel(), PIECE):
             part = slice(start, min(start + PIECE, p.numel()))
             g, w = gradient[part].float(), weights[part].float()
-            m = read(state, "exp_avg", part).lerp_(g, 1 - betas[0])
-            v = read(state, "exp_avg_sq", part).mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
+            m, v = read(state, "exp_avg", part), read(state, "exp_avg_sq", part)
+            before = torch.full((), t - 1.0, device=p.device)
+            adamw(
+                [w], [g], [m], [v], [], [before], fused=True, amsgrad=False, maximize=False, lr=lr,
+                weight_decay=weight_decay, beta1=betas[0], beta2=betas[1], eps=eps,
+            )  # fmt: skip
             write(state, "exp_avg", part, m)
             write(state, "exp_avg_sq", part, v, noise)
-            denominator = (v / (1 - betas[1] ** t)).sqrt_().add_(eps)
-            w.mul_(1 - lr * weight_decay).addcdiv_(m, denominator, value=-lr / (1 - betas[0] ** t))
             if brain:
                 weights[part] = round_stochastically(w, generator)
         if not p.is_contiguous():  # its order in memory is not that of the shape: they were a copy
@@ -160,7 +158,7 @@ class AdamW(torch.optim.Optimizer):
         harm, since what is rounded is another."""
         if self.drawn[:2] != (t, device):
             generator = generator_for(device, self.seed, t)
-            made = torch.randint(1 << DROPPED, (PIECE,), generator=generator, device=device, dtype=torch.int32)
+            made = torch.randint(1 << DROPPED, (PIECE,), generator=generator, device=device, dtype=torch.int16)
             self.drawn = t, device, made
         return self.drawn[2]
 
@@ -178,7 +176,7 @@ def new_moments(count: int, device: torch.device, bits: int) -> dict[str, Tensor
     """The moments of `count` numbers before the first step: fp32, or with `bits` 8 as codes and scales."""
     if bits != 8 or count < SMALL:
         return {name: torch.zeros(count, device=device) for name in CODES}
-    codes = {f"{name}.codes": torch.zeros(count, dtype=code.dtype, device=device) for name, code in CODES.items()}
+    codes = {f"{name}.bits": torch.zeros(count, dtype=code.dtype, device=device) for name, code in CODES.items()}
     return codes | {f"{name}.scale": torch.zeros(-(-count // BLOCK), device=device) for name in CODES}
 
 
@@ -187,7 +185,7 @@ def read(state: Mapping[str, Tensor], name: str, part: slice) -> Tensor:
     if name in state:
         return state[name][part]
     blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
-    return dequantize(state[f"{name}.codes"][part], state[f"{name}.scale"][blocks], CODES[name])
+    return dequantize(state[f"{name}.bits"][part], state[f"{name}.scale"][blocks], CODES[name])
 
 
 def write(state: Mapping[str, Tensor], name: str, part: slice, x: Tensor, noise: Tensor | None = None) -> None:
@@ -195,7 +193,7 @@ def write(state: Mapping[str, Tensor], name: str, part: slice, x: Tensor, noise:
     if name not in state:
         blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
         noise = None if noise is None else noise[: len(x)]
-        state[f"{name}.codes"][part], state[f"{name}.scale"][blocks] = quantize(x, CODES[name], noise)
+        state[f"{name}.bits"][part], state[f"{name}.scale"][blocks] = quantize(x, CODES[name], noise)
 
 
 def adopt(saved: Mapping[str, Tensor], p: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -213,7 +211,7 @@ def adopt(saved: Mapping[str, Tensor], p: Tensor, optimizer: torch.optim.Optimiz
         elif name in saved:
             write(state, name, whole, saved[name])
         else:
-            state |= {k: saved[k].clone() for k in (f"{name}.codes", f"{name}.scale")}
+            state |= {k: saved[k].clone() for k in (f"{name}.bits", f"{name}.scale")}
     return {"step": int(saved["step"])} | state
 
 
