@@ -72,11 +72,11 @@ def quantize(x: Tensor, code: Code, noise: Tensor | None = None) -> tuple[Tensor
     let happen. Nor is it ever rounded to zero: it is divided by.
     """
     blocks = in_blocks(x)
-    scale = (blocks.abs() if code.signed else blocks).amax(1)
+    scale = torch.maximum(blocks.amax(1), -blocks.amin(1)) if code.signed else blocks.amax(1)
     half = (blocks * (code.largest / scale.clamp(min=1e-30))[:, None]).half()
     bits = half.view(-1)[: x.numel()].view(torch.int16)
     if code.signed:
-        bits.bitwise_or_((bits >> 1).bitwise_and_(SIGN))
+        bits.sub_(bits >> 15, alpha=SIGN)  # of a negative number -1
     bits.add_(1 << DROPPED - 1 if noise is None else noise).bitwise_right_shift_(DROPPED)
     return (bits if code.signed else bits.clamp_(min=1)).to(code.dtype), scale
 
