@@ -209,15 +209,18 @@ class Contender:
 
 @contextlib.contextmanager
 def race(what: str, config: Config, name: str, repeat: int, warm: int, against: bool) -> Iterator[tuple]:
-    """Ours, the seconds that it took `repeat` times after `warm` to warm up, its peak GiB (CPU: resident; CUDA:
-    allocated), and, `against` diffusers in turns with it, the rows of a table that compare."""
+    """Ours, the seconds that it took `repeat` times after `warm` to warm up, the machine's rate after each, the peak
+    GiB (CPU: resident; CUDA: allocated), and, `against` diffusers in turns with it, the rows of a table that compare.
+    """
     contenders = {who: Contender(what, who, name, config) for who in (CONTENDERS[what] if against else ["ours"])}
-    seconds = {who: [] for who in contenders}
+    seconds, rates = {who: [] for who in contenders}, []
     for turn in range(warm + repeat):
-        for who, contender in contenders.items():
-            took = contender.ask("make")
-            if turn >= warm:
-                seconds[who].append(took)
+        took = {who: contender.ask("make") for who, contender in contenders.items()}
+        rate = contenders["ours"].ask("rate")
+        if turn >= warm:
+            rates.append(rate)
+            for who in contenders:
+                seconds[who].append(took[who])
     peak = {who: contender.ask("peak") for who, contender in contenders.items()}
     rows = {}
     if against:
@@ -228,13 +231,13 @@ def race(what: str, config: Config, name: str, repeat: int, warm: int, against: 
             "times as fast": f"{statistics.median(pairs):.2f} ({pairs[0]:.2f} to {pairs[-1]:.2f}, pair by pair)",
             "of their memory": f"{peak['ours'] / peak['diffusers']:.2f}",
         }
-    yield contenders["ours"], seconds["ours"], peak["ours"], rows
+    yield contenders["ours"], seconds["ours"], rates, peak["ours"], rows
     for contender in contenders.values():
         contender.end()
 
 
-def spread(seconds: list[float]) -> str:
-    return f"{statistics.median(seconds):.3f} ({min(seconds):.3f} to {max(seconds):.3f})"
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 # ---------------------------------------------------------------------------------------------------------------- step
@@ -243,12 +246,12 @@ def product_rate(config: Config) -> float:
     side, dtype = 8192 if "cuda" in config.device else 2048, computed_in(config.precision, config.device)
     a, b = (torch.randn(side, side, device=config.device).to(dtype) for _ in range(2))
     seconds = []
-    for _ in range(12):
+    for _ in range(6):
         start = time.perf_counter()
         a @ b
         wait(config.device)
         seconds.append(time.perf_counter() - start)
-    return 2 * side**3 / statistics.median(seconds[2:])
+    return 2 * side**3 / statistics.median(seconds[1:])
 
 
 def wait(device: str) -> None:
@@ -299,18 +302,17 @@ def measure_step(config: Config, name: str, repeat: int, against: bool) -> dict:
     """Seconds and peak memory of our step, the fraction of the machine's limit, what it is made of, and diffusers'."""
     side = int(config.resolution)
     need = plan.flops(config, MODELS[name], (side, side)) * config.batch
-    with race("step", config, name, repeat, 2, against) as (ours, seconds, peak, comparison):
-        rate, median = ours.ask("rate"), statistics.median(seconds)
+    with race("step", config, name, repeat, 2, against) as (ours, seconds, rates, peak, comparison):
         parts = {} if config.compile else ours.ask("breakdown")  # its clocks would have all compiled anew
     size = f"{name}, {side} px, batch {config.batch_size} x {config.accumulate_grad_batches}, {config.precision}"
     return {
         "model": size,
         "machine": machine(config),
         "seconds a step": spread(seconds),
-        "images a second": f"{config.batch / median:.3f}",
+        "images a second": f"{config.batch / statistics.median(seconds):.3f}",
         "TFLOP a step": f"{need / 1e12:.3f}",
-        "products, TFLOP/s": f"{rate / 1e12:.3f}",
-        "fraction of the limit": f"{need / rate / median:.2f}",
+        "products, TFLOP/s": spread([rate / 1e12 for rate in rates]),
+        "fraction of the limit": spread([need / rate / s for s, rate in zip(seconds, rates, strict=True)]),
         **{f"    {k}": f"{v:.3f}" for k, v in parts.items() if v > 0},
         "peak memory, GiB": f"{peak:.2f}",
         **comparison,
@@ -326,7 +328,7 @@ def machine(config: Config) -> str:
 # -------------------------------------------------------------------------------------------------------------- sample
 def measure_sample(config: Config, name: str, repeat: int, against: bool) -> dict:
     """Seconds an image of our sampler, and of diffusers' pipeline."""
-    with race("image", config, name, repeat, 1, against) as (_, seconds, peak, comparison):
+    with race("image", config, name, repeat, 1, against) as (_, seconds, _, peak, comparison):
         return {
             "model": f"{name}, {config.resolution} px, {config.log_steps} steps, {config.precision}",
             "machine": machine(config),
@@ -349,7 +351,7 @@ def memory_table(name: str, side: int, batches: list[int], repeat: int) -> str:
         row = [preset]
         row += [f"{plan.largest(plan.predict(c, MODELS[name], (side, side))) / GIB:.2f}" for c in configs]
         for c in configs if repeat else ():
-            with race("step", c, name, repeat, 1, False) as (_, seconds, peak, _):
+            with race("step", c, name, repeat, 1, False) as (_, seconds, _, peak, _):
                 row += [f"{peak:.2f}"] * cuda
                 median = statistics.median(seconds)
                 row.append(f"{median / first.setdefault(c.batch_size, median):.2f} x")

@@ -25,7 +25,7 @@ import checkpoint
 from checkpoint import CheckpointError
 from clip_text import CLIPTextModel, TextConfig, Tokenizer, clip_spelling
 from exchange import CONTROL, DIFFERENCE, TEXT, UNET, VAE
-from unet import UNet, UNetConfig, UNetEncoder, zero_module
+from unet import Conv1x1, UNet, UNetConfig, UNetEncoder, zero_module
 from vae import AutoencoderKL, VAEConfig, sample_posterior
 
 NEW = ("input_hint_block.", "zero_convs.", "middle_block_out.")  # what a ControlNet has and a UNet has not
@@ -51,9 +51,9 @@ class ControlNet(UNetEncoder):
             nn.Conv2d(w[2], w[3], 3, padding=1, stride=2), nn.SiLU(),  # (B,256,H/8,W/8)
             zero_module(nn.Conv2d(w[3], config.model_channels, 3, padding=1)),  # (B,model_channels,H/8,W/8)
         )  # fmt: skip
-        self.zero_convs = nn.ModuleList(nn.Sequential(zero_module(nn.Conv2d(c, c, 1))) for c in self.skip_channels)
+        self.zero_convs = nn.ModuleList(nn.Sequential(zero_module(Conv1x1(c, c))) for c in self.skip_channels)
         c = self.skip_channels[-1]
-        self.middle_block_out = nn.Sequential(zero_module(nn.Conv2d(c, c, 1)))
+        self.middle_block_out = nn.Sequential(zero_module(Conv1x1(c, c)))
 
     @classmethod
     def from_unet(

@@ -22,7 +22,7 @@ def test_a_step_against_diffusers(capsys):
     spent = {k.strip(): float(v) for k, v in seen.items() if k.startswith("    ")}
     assert spent["of it VAE"] > 0 and spent["of it VAE"] + spent["of it text"] <= spent["batch to the device"] + 0.002
     assert {"ControlNet", "UNet, encoder", "UNet, decoder", "backward", "optimizer and clipping"} <= spent.keys()
-    assert 0 < float(seen["fraction of the limit"]) < 1 and float(seen["TFLOP a step"]) >= 0
+    assert 0 < number("fraction of the limit") < 1 and float(seen["TFLOP a step"]) >= 0
 
 
 def test_settings_of_train_py_shape_the_step(capsys):

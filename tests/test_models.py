@@ -7,7 +7,7 @@ import checkpoint
 from checkpoint import CheckpointError
 from clip_text import Tokenizer
 from controlnet import SD21_V, TINY, ControlLDM, ControlNet, ModelConfig
-from unet import Conv3x3, UNetConfig
+from unet import Conv1x1, Conv3x3, UNetConfig
 
 
 @pytest.mark.parametrize("hint_channels", [1, 3, 5])
@@ -47,6 +47,19 @@ def test_a_convolution_as_one_product_is_the_convolution(monkeypatch, batch, sid
         assert torch.allclose(a, b, atol=1e-4)
     large = torch.randn(1, 6, 16, 16)  # many positions, few channels: the library's
     assert torch.equal(conv(large), torch.nn.functional.conv2d(large, conv.weight, conv.bias, stride, 1))
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_a_1x1_convolution_as_a_product_is_the_convolution(monkeypatch, format):
+    conv, x = Conv1x1(6, 10), torch.randn(2, 6, 5, 3).contiguous(memory_format=format).requires_grad_()
+    wanted = torch.nn.functional.conv2d(x, conv.weight, conv.bias)
+    with monkeypatch.context() as m:
+        m.delattr(torch.nn.Conv2d, "forward")
+        out = conv(x)
+    assert torch.allclose(out, wanted, atol=1e-5) and out.is_contiguous(memory_format=format)
+    upstream, weights = torch.randn_like(out), (x, conv.weight, conv.bias)
+    for a, b in zip(*(torch.autograd.grad(y, weights, upstream) for y in (out, wanted)), strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
 
 
 def test_config_fields():
