@@ -17,6 +17,7 @@ import functools
 import itertools
 import json
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -26,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -170,21 +172,41 @@ def serve(what: str, who: str, name: str, config: Config) -> None:
     if who == "ours":
         memory.keep_freed()  # as train.py and sampler.py
     make, made = CONTENDERS[what][who](config, name)
+    most = 0.0
     for line in sys.stdin:
+        forget_peak(config.device)
         start = time.perf_counter()
         if line.strip() == "make":
             make()
             wait(config.device)
             answer = time.perf_counter() - start
+            most = max(most, peak(config.device))
         elif line.strip() == "breakdown":
             answer = breakdown(made, make)
         elif line.strip() == "rate":
             answer = product_rate(config)
-        elif "cuda" in config.device:
-            answer = torch.cuda.max_memory_allocated() / GIB
         else:
-            answer = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+            answer = most
         print(json.dumps(answer), flush=True)
+
+
+def forget_peak(device: str) -> None:
+    """Count the most memory anew (on the CPU only Linux does)."""
+    if "cuda" in device:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(device: str) -> float:
+    """The most GiB since then: on a GPU allocated, on the CPU resident."""
+    if "cuda" in device:
+        return torch.cuda.max_memory_allocated() / GIB
+    try:
+        return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / GIB
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
 class Contender:
@@ -216,22 +238,22 @@ def race(what: str, config: Config, name: str, repeat: int, warm: int, against: 
     seconds, rates = {who: [] for who in contenders}, []
     for turn in range(warm + repeat):
         took = {who: contender.ask("make") for who, contender in contenders.items()}
-        rate = contenders["ours"].ask("rate")
+        rate = contenders["ours"].ask("rate") if what == "step" else None
         if turn >= warm:
             rates.append(rate)
             for who in contenders:
                 seconds[who].append(took[who])
-    peak = {who: contender.ask("peak") for who, contender in contenders.items()}
+    most = {who: contender.ask("peak") for who, contender in contenders.items()}
     rows = {}
     if against:
         pairs = sorted(b / a for a, b in zip(seconds["ours"], seconds["diffusers"], strict=True))
         rows = {
             "diffusers, seconds": spread(seconds["diffusers"]),
-            "diffusers, peak GiB": f"{peak['diffusers']:.2f}",
+            "diffusers, peak GiB": f"{most['diffusers']:.2f}",
             "times as fast": f"{statistics.median(pairs):.2f} ({pairs[0]:.2f} to {pairs[-1]:.2f}, pair by pair)",
-            "of their memory": f"{peak['ours'] / peak['diffusers']:.2f}",
+            "of their memory": f"{most['ours'] / most['diffusers']:.2f}",
         }
-    yield contenders["ours"], seconds["ours"], rates, peak["ours"], rows
+    yield contenders["ours"], seconds["ours"], rates, most["ours"], rows
     for contender in contenders.values():
         contender.end()
 

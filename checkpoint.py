@@ -513,7 +513,13 @@ def restore_training(
         moments.setdefault(name, {})[kind] = value
     for name, p in trained.items():
         if name in moments:
-            optimizer.state[p] = adopt(moments[name], p, optimizer)
+            try:
+                optimizer.state[p] = adopt(moments[name], p, optimizer)
+            except KeyError as e:
+                raise CheckpointError(
+                    f"{folder / 'optimizer.safetensors'}: no {e} of {name}, which this version keeps; a new run can "
+                    f"begin with these weights: --control {folder / 'trained.safetensors'}"
+                ) from e
     fresh = len(trained.keys() - moments.keys())
     if fresh:
         print(f"{fresh} of {len(trained)} trained tensors did not train before; their optimizer state starts afresh")

@@ -10,7 +10,7 @@ the way there. This module has what makes each of these smaller, and what tells 
     measure    the peak memory of a step, from fake tensors: no GPU, no weights
 
 The other two tricks, computing again instead of keeping and attention in slices, are in `unet.py` (`again`). The
-moments follow Dettmers et al. 2022 (arXiv:2110.02861) in their blocks, not in their code; see `quantize`.
+moments follow Dettmers et al. 2022 (arXiv:2110.02861) in their blocks, not in their code; see `Code`.
 """
 
 import contextlib
@@ -48,15 +48,14 @@ class Code:
     dtype: torch.dtype
     largest: float
 
-    @property
-    def signed(self) -> bool:
-        return self.dtype == torch.int8
 
-
-FIRST = Code(torch.int8, 1.0)  # the mean of gradients: +-6%, down to 14 octaves below the largest
-SECOND = Code(torch.uint8, 2.0**15)  # of their squares: 29 octaves
-DROPPED = 7  # bits of the mantissa that are not kept
+FIRST = Code(torch.int8, 1.0)  # the mean of gradients: +-6%, down to 14 octaves below the largest, from 18 on 0
+SECOND = Code(torch.uint8, 2.0**15)  # of their squares: 29 octaves, and none below
+DROPPED = 7  # bits of a float16's mantissa that are not kept
 SIGN = 1 << 14  # where int8 looks for it when those are gone
+DROPPED_32 = 20  # bits of a float32's mantissa that are not kept
+OFFSET = 112 << 23  # what exponents of float32 are above those of float16
+NORMAL = 8  # the lowest code of a float16 that is not subnormal
 
 
 def in_blocks(x: Tensor) -> Tensor:
@@ -64,27 +63,34 @@ def in_blocks(x: Tensor) -> Tensor:
     return (nn.functional.pad(x, (0, -x.numel() % BLOCK)) if x.numel() % BLOCK else x).view(-1, BLOCK)
 
 
-def quantize(x: Tensor, code: Code, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """float32 numbers (n,) -> their codes (n,) and the largest magnitude of each block of 256, float32.
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """First moments, float32 (n,) -> their codes (n,) int8 and the largest magnitude of each block of 256, float32."""
+    blocks = in_blocks(x)
+    scale = torch.maximum(blocks.amax(1), -blocks.amin(1))
+    half = (blocks * (FIRST.largest / scale.clamp(min=1e-30))[:, None]).half()
+    bits = half.view(-1)[: x.numel()].view(torch.int16)
+    bits.sub_(bits >> 15, alpha=SIGN)  # of a negative number -1
+    return bits.add_(1 << DROPPED - 1).bitwise_right_shift_(DROPPED).to(FIRST.dtype), scale
 
-    Rounds to the nearest; with `noise`, random int16 (n,) in [0, 2^7), up or down so that the mean is right. The second
-    moment needs that: it changes by a thousandth a step, which rounding to the nearest of levels 12% apart would never
-    let happen. Nor is it ever rounded to zero: it is divided by.
+
+def quantize_squares(x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The same of second moments, which have no sign: codes uint8.
+
+    With `noise`, random int32 (n,) in [0, 2^20), they are rounded up or down so that the mean is right. They change by
+    a thousandth a step, which rounding to the nearest of levels 12% apart would never let happen; nor would float16 on
+    the way. Nor are they rounded to zero: they are divided by.
     """
     blocks = in_blocks(x)
-    scale = torch.maximum(blocks.amax(1), -blocks.amin(1)) if code.signed else blocks.amax(1)
-    half = (blocks * (code.largest / scale.clamp(min=1e-30))[:, None]).half()
-    bits = half.view(-1)[: x.numel()].view(torch.int16)
-    if code.signed:
-        bits.sub_(bits >> 15, alpha=SIGN)  # of a negative number -1
-    bits.add_(1 << DROPPED - 1 if noise is None else noise).bitwise_right_shift_(DROPPED)
-    return (bits if code.signed else bits.clamp_(min=1)).to(code.dtype), scale
+    scale = blocks.amax(1)
+    bits = (blocks * (SECOND.largest / scale.clamp(min=1e-30))[:, None]).view(-1)[: x.numel()].view(torch.int32)
+    bits.add_(1 << DROPPED_32 - 1 if noise is None else noise).sub_(OFFSET).bitwise_right_shift_(DROPPED_32)
+    return bits.clamp_(min=NORMAL).to(SECOND.dtype), scale
 
 
 def dequantize(codes: Tensor, scale: Tensor, code: Code) -> Tensor:
-    """What `quantize` kept, (n,) float32."""
+    """What was kept of moments, (n,) float32."""
     bits = codes.short().mul_(1 << DROPPED)
-    half = (bits.bitwise_and_(~SIGN) if code.signed else bits).view(torch.float16)
+    half = (bits.bitwise_and_(~SIGN) if code is FIRST else bits).view(torch.float16)
     return in_blocks(half.float()).mul_((scale / code.largest)[:, None]).view(-1)[: codes.numel()]
 
 
@@ -103,7 +109,7 @@ class AdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) in less memory: PyTorch's, on moments kept in another way.
 
     `named`: the parameters by name; those in bfloat16 are rounded stochastically. `bits`: 8 for moments in 8 bits a
-    number and 4 bytes a block of 256, otherwise 32. What is random is a function of (seed, step, name), so a run that
+    number and 4 bytes a block of 256, otherwise 32. What is random is a function of seed, step and name, so a run that
     is resumed rounds as one that was not stopped. Moments are kept flat, in the order of the shape, and updated in
     pieces, so that what is in between takes no memory to speak of.
     """
@@ -141,9 +147,9 @@ class AdamW(torch.optim.Optimizer):
             part = slice(start, min(start + PIECE, p.numel()))
             g, w = gradient[part].float(), weights[part].float()
             m, v = read(state, "exp_avg", part), read(state, "exp_avg_sq", part)
-            before = torch.full((), t - 1.0, device=p.device)
+            done = torch.full((), t - 1.0, device=p.device)  # steps
             adamw(
-                [w], [g], [m], [v], [], [before], fused=True, amsgrad=False, maximize=False, lr=lr,
+                [w], [g], [m], [v], [], [done], fused=True, amsgrad=False, maximize=False, lr=lr,
                 weight_decay=weight_decay, beta1=betas[0], beta2=betas[1], eps=eps,
             )  # fmt: skip
             write(state, "exp_avg", part, m)
@@ -158,7 +164,7 @@ class AdamW(torch.optim.Optimizer):
         harm, since what is rounded is another."""
         if self.drawn[:2] != (t, device):
             generator = generator_for(device, self.seed, t)
-            made = torch.randint(1 << DROPPED, (PIECE,), generator=generator, device=device, dtype=torch.int16)
+            made = torch.randint(1 << DROPPED_32, (PIECE,), generator=generator, device=device, dtype=torch.int32)
             self.drawn = t, device, made
         return self.drawn[2]
 
@@ -193,7 +199,8 @@ def write(state: Mapping[str, Tensor], name: str, part: slice, x: Tensor, noise:
     if name not in state:
         blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
         noise = None if noise is None else noise[: len(x)]
-        state[f"{name}.bits"][part], state[f"{name}.scale"][blocks] = quantize(x, CODES[name], noise)
+        codes, scale = quantize(x) if CODES[name] is FIRST else quantize_squares(x, noise)
+        state[f"{name}.bits"][part], state[f"{name}.scale"][blocks] = codes, scale
 
 
 def adopt(saved: Mapping[str, Tensor], p: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -33,17 +32,15 @@ EpsModel = Callable[[Tensor, Tensor], Tensor]  # (x (B,4,h,w), t (B,) int64) -> 
 
 
 # ---------------------------------------------------------------------------------------------------------- schedule
-@torch.compiler.assume_constant_result
 def alphas_cumprod(config: ModelConfig = SD15, device: torch.device | str = "cpu") -> Tensor:
     """(timesteps,) float32: how much of the signal's power is left at each timestep. Betas linear in square root."""
-    return torch.from_numpy(_alphas(config)).float().to(device)
+    return _alphas(config.linear_start, config.linear_end, config.timesteps, config.zero_terminal_snr).to(device)
 
 
-@lru_cache
-def _alphas(config: ModelConfig) -> np.ndarray:
-    roots = np.linspace(config.linear_start**0.5, config.linear_end**0.5, config.timesteps, dtype=np.float64)
-    alphas = np.cumprod(1 - roots**2)
-    return zero_terminal_snr(alphas) if config.zero_terminal_snr else alphas
+@torch.compiler.assume_constant_result
+def _alphas(start: float, end: float, timesteps: int, zero_terminal: bool) -> Tensor:
+    alphas = np.cumprod(1 - np.linspace(start**0.5, end**0.5, timesteps, dtype=np.float64) ** 2)
+    return torch.from_numpy(zero_terminal_snr(alphas) if zero_terminal else alphas).float()
 
 
 def zero_terminal_snr(alphas: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Train as train.py does, with what a GPU's bfloat16 would compute: `python tests/bf16.py [train.py's flags]`.
 
 For CPUs without instructions for bfloat16, which take a hundred times as long with it. Products (convolutions,
-matrices, attention) are computed as tensor cores do: factors of 8 bits, sums in float32, one rounding of what comes
-out. All else in bfloat16 is PyTorch's own.
+matrices, attention) are computed as tensor cores do: factors of 8 bits (but attention's weights, within it), sums in
+float32, one rounding of what comes out. All else in bfloat16 is PyTorch's own.
 """
 
 import sys
@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import controlnet
 import engine
+import plan
 import train
 
 aten = torch.ops.aten
@@ -43,7 +44,8 @@ class TensorCores(TorchDispatchMode):
 
 
 def main(argv: list[str] | None = None) -> None:
-    controlnet.computed_in = engine.computed_in = train.computed_in = lambda name, device: controlnet.PRECISIONS[name]
+    for module in (engine, plan, train):
+        module.computed_in = lambda name, device: controlnet.PRECISIONS[name]
     with TensorCores():
         train.main(argv)
 
