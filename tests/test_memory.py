@@ -185,6 +185,16 @@ def test_the_preset_may_change_on_resume(config):  # noqa: F811
     assert len(losses(run)) == step and all(loss < 2 * losses(run)[0] for loss in losses(run))
 
 
+def test_a_state_of_another_form_is_told_of(config):  # noqa: F811
+    run = train.train(dataclasses.replace(config, **LEAN, memory="8gb"))
+    path = checkpoint.newest(run) / "optimizer.safetensors"
+    state = {k.replace(".bits:", ".codes:"): v.clone() for k, v in checkpoint.load_state_dict(path).items()}
+    checkpoint.save_safetensors(path, state, {})
+    asked = train.parse(["--resume", str(run), "--steps", "9"])
+    with pytest.raises(CheckpointError, match="optimizer.safetensors: no 'exp_avg.bits' of control_model.*--control"):
+        train.train(asked.config, resume=asked.resume)
+
+
 def test_offloaded_gradients_leave_as_they_are_made(config):  # noqa: F811
     model = ControlLDM.from_file(config.base, attach=True)
     made = engine.assemble(
