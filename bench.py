@@ -205,7 +205,7 @@ def peak(device: str) -> float:
         return torch.cuda.max_memory_allocated() / GIB
     try:
         return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / GIB
-    except OSError:
+    except (OSError, TypeError):  # another system's
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
@@ -253,9 +253,11 @@ def race(what: str, config: Config, name: str, repeat: int, warm: int, against: 
             "times as fast": f"{statistics.median(pairs):.2f} ({pairs[0]:.2f} to {pairs[-1]:.2f}, pair by pair)",
             "of their memory": f"{most['ours'] / most['diffusers']:.2f}",
         }
-    yield contenders["ours"], seconds["ours"], rates, most["ours"], rows
-    for contender in contenders.values():
-        contender.end()
+    try:
+        yield contenders["ours"], seconds["ours"], rates, most["ours"], rows
+    finally:
+        for contender in contenders.values():
+            contender.end()
 
 
 def spread(values: list[float]) -> str:
