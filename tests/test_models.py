@@ -51,15 +51,13 @@ def test_a_convolution_as_one_product_is_the_convolution(monkeypatch, batch, sid
 
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
 def test_a_1x1_convolution_as_a_product_is_the_convolution(monkeypatch, format):
-    conv, x = Conv1x1(6, 10), torch.randn(2, 6, 5, 3).contiguous(memory_format=format).requires_grad_()
+    conv, x = Conv1x1(6, 10), torch.randn(2, 6, 5, 3).contiguous(memory_format=format)
     wanted = torch.nn.functional.conv2d(x, conv.weight, conv.bias)
-    with monkeypatch.context() as m:
+    with torch.no_grad(), monkeypatch.context() as m:
         m.delattr(torch.nn.Conv2d, "forward")
         out = conv(x)
     assert torch.allclose(out, wanted, atol=1e-5) and out.is_contiguous(memory_format=format)
-    upstream, weights = torch.randn_like(out), (x, conv.weight, conv.bias)
-    for a, b in zip(*(torch.autograd.grad(y, weights, upstream) for y in (out, wanted)), strict=True):
-        assert torch.allclose(a, b, atol=1e-4)
+    assert torch.equal(conv(x), wanted)  # where a gradient is asked for: the library's
 
 
 def test_config_fields():
