@@ -16,6 +16,7 @@ backbone, Dhariwal & Nichol 2021 (arXiv:2105.05233).
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,7 +87,32 @@ def in_precision(block: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor]:
     return lambda *inputs: torch.func.functional_call(block, weights(), inputs)
 
 
-class Conv3x3(nn.Conv2d):
+class FrozenConvolution(torch.autograd.Function):
+    """A convolution whose weights do not train: what went in need not be kept for the way back. (PyTorch's own keeps
+    it, although only a gradient of the weights would ask for it.)"""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.of = x.shape, stride, padding
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,), (shape, stride, padding) = ctx.saved_tensors, ctx.of
+        return nn.grad.conv2d_input(shape, weight, grad, stride, padding), None, None, None, None
+
+
+class Conv2d(nn.Conv2d):
+    """PyTorch's, that keeps nothing for a gradient which nobody asks for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and not self.weight.requires_grad:
+            return FrozenConvolution.apply(x, self.weight, self.bias, self.stride, self.padding)
+        return super().forward(x)
+
+
+class Conv3x3(Conv2d):
     """A 3x3 convolution over an image with a border of zeros. (B,c_in,h,w) -> (B,c_out,h/stride,w/stride)
 
     On the CPU, from small maps to many channels, as one product of matrices: the columns (what the kernel sees at each
@@ -106,7 +132,7 @@ class Conv3x3(nn.Conv2d):
         return out.unflatten(1, (len(x), h, w)).transpose(0, 1)
 
 
-class Conv1x1(nn.Conv2d):
+class Conv1x1(Conv2d):
     """A 1x1 convolution: the same map of channels at every position. (B,c_in,h,w) -> (B,c_out,h,w)
 
     On the CPU, where no gradient is asked for, as a product of matrices, which on small maps takes a third of the time

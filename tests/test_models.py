@@ -60,6 +60,29 @@ def test_a_1x1_convolution_as_a_product_is_the_convolution(monkeypatch, format):
     assert torch.equal(conv(x), wanted)  # where a gradient is asked for: the library's
 
 
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("make", [lambda: Conv3x3(3, 5), lambda: Conv3x3(3, 5, stride=2), lambda: Conv1x1(3, 5)])
+def test_a_frozen_convolution_has_the_same_gradient_and_keeps_nothing(make, format):
+    conv = make().to(memory_format=format)
+    x = torch.randn(4, 3, 8, 6).to(memory_format=format).requires_grad_()
+    kept = []
+
+    def through() -> tuple[torch.Tensor, torch.Tensor]:
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+            y = conv(x)
+        torch.manual_seed(0)
+        return y, torch.autograd.grad(y, x, torch.randn_like(y))[0]
+
+    trained = through()
+    assert x.shape in kept
+    conv.requires_grad_(False)
+    frozen = through()
+    assert kept == [conv.weight.shape]
+    assert torch.equal(trained[0], frozen[0])
+    assert torch.equal(trained[1], frozen[1])
+
+
 def test_config_fields():
     with pytest.raises(ValueError, match="exactly one"):
         UNetConfig(num_heads=8, num_head_channels=64)
