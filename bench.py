@@ -18,7 +18,6 @@ import itertools
 import json
 import platform
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -206,7 +205,7 @@ def peak(device: str) -> float:
     try:
         return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / GIB
     except (OSError, TypeError):  # another system's
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+        return memory.most_resident()
 
 
 class Contender:

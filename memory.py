@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import hashlib
 import resource
+import sys
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -419,4 +420,10 @@ def used(device: torch.device | str) -> str:
     """What this process has used at most so far, in words: of the GPU's memory, or of the CPU's."""
     if torch.device(device).type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / GIB:.1f} GiB"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB:.1f} GiB"
+    return f"{most_resident():.1f} GiB"
+
+
+def most_resident() -> float:
+    """The most GiB of the CPU's memory that this process has held so far."""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB

@@ -92,7 +92,9 @@ class FrozenConvolution(torch.autograd.Function):
     it, although only a gradient of the weights would ask for it.)"""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int], padding: tuple[int, int]
+    ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.of = x.shape, stride, padding
         return F.conv2d(x, weight, bias, stride, padding)
@@ -107,7 +109,7 @@ class Conv2d(nn.Conv2d):
     """PyTorch's, that keeps nothing for a gradient which nobody asks for."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad and not self.weight.requires_grad:
+        if x.requires_grad and not (self.weight.requires_grad or self.bias.requires_grad):
             return FrozenConvolution.apply(x, self.weight, self.bias, self.stride, self.padding)
         return super().forward(x)
 
