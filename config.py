@@ -109,7 +109,9 @@ class Config:
         "of what trains; bf16 is rounded stochastically where the GPU moves it",
         ("fp32", "bf16", "fp16"),
     )
-    optimizer_bits: int | None = setting(None, "memory", "of each of AdamW's moments", (32, 8))
+    optimizer_bits: int | None = setting(
+        None, "memory", "of each of AdamW's moments; below 32 gradients wait for it in bf16", (32, 16, 8)
+    )
     optimizer_on_cpu: bool | None = setting(
         None, "memory", "optimizer, its state and fp32 weights stay in the CPU's memory (16 bytes a trained weight)"
     )

@@ -212,7 +212,10 @@ def assemble(config: Config, model: ControlLDM, ranks: Ranks | None = None) -> E
             if isinstance(module, CrossAttention):
                 module.slice = config.attention_slice
     masters = offload.masters if offload else trained
-    if config.optimizer_bits == 8 or (config.trained_weights == "bf16" and not offload):
+    if config.optimizer_bits != 32 and dtype != torch.float16 and not offload:
+        for p in trained.values():  # the moments lose as much or more; with bf16 computed in, gradients lose nothing
+            p.grad_dtype = torch.bfloat16
+    if config.optimizer_bits != 32 or (config.trained_weights == "bf16" and not offload):
         optimizer = memory.AdamW(masters, config.learning_rate, config.weight_decay, config.optimizer_bits, config.seed)
     else:
         optimizer = torch.optim.AdamW(

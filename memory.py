@@ -4,7 +4,7 @@ A ControlNet for Stable Diffusion 1.5 has 361 M weights. Trained in the plain wa
 gradient, AdamW's two moments, all fp32; beside them lies the frozen UNet, 860 M weights, and what the way back needs of
 the way there. This module has what makes each of these smaller, and what tells beforehand how large they will be:
 
-    AdamW      moments in 8 bits a number, weights in bfloat16 with stochastic rounding
+    AdamW      moments in 8 or 16 bits a number, weights in bfloat16 with stochastic rounding
     Offload    fp32 weights, moments and the optimizer's step on the CPU; gradients travel while they are made
     Stream     frozen blocks stay in the CPU's memory and come over one ahead of their use
     measure    the peak memory of a step, from fake tensors: no GPU, no weights
@@ -55,6 +55,7 @@ SECOND = Code(torch.uint8, 2.0**15)  # of their squares: 29 octaves, and none be
 DROPPED = 7  # bits of a float16's mantissa that are not kept
 SIGN = 1 << 14  # where int8 looks for it when those are gone
 DROPPED_32 = 20  # bits of a float32's mantissa that are not kept
+DROPPED_16 = 16  # the same when it becomes a bfloat16
 OFFSET = 112 << 23  # what exponents of float32 are above those of float16
 NORMAL = 8  # the lowest code of a float16 that is not subnormal
 
@@ -109,10 +110,10 @@ def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
 class AdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) in less memory: PyTorch's, on moments kept in another way.
 
-    `named`: the parameters by name; those in bfloat16 are rounded stochastically. `bits`: 8 for moments in 8 bits a
-    number and 4 bytes a block of 256, otherwise 32. What is random is a function of seed, step and name, so a run that
-    is resumed rounds as one that was not stopped. Moments are kept flat, in the order of the shape, and updated in
-    pieces, so that what is in between takes no memory to speak of.
+    `named`: the parameters by name; those in bfloat16 are rounded stochastically; gradients may have any precision.
+    `bits` of a moment: 8 (and 4 bytes a block of 256), 16 (bfloat16) or 32. What is random is a function of seed, step
+    and name, so a run that is resumed rounds as one that was not stopped. Moments are kept flat, in the order of the
+    shape, and updated in pieces, so that what is in between takes no memory to speak of.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class AdamW(torch.optim.Optimizer):
         self.begin(p)
         state = self.state[p]
         t = state["step"] = int(state["step"]) + 1
-        noise = self.noise(t, p.device) if self.bits == 8 else None
+        noise = self.noise(t, p.device) if self.bits != 32 else None
         brain = p.dtype == torch.bfloat16
         generator = generator_for(p.device, self.seed, t, self.names[id(p)]) if brain else None
         weights, gradient = p.detach().reshape(-1), p.grad.reshape(-1)
@@ -164,8 +165,8 @@ class AdamW(torch.optim.Optimizer):
         """The random numbers of step `t` that second moments are rounded with: the same for every piece, which does no
         harm, since what is rounded is another."""
         if self.drawn[:2] != (t, device):
-            generator = generator_for(device, self.seed, t)
-            made = torch.randint(1 << DROPPED_32, (PIECE,), generator=generator, device=device, dtype=torch.int32)
+            generator, dropped = generator_for(device, self.seed, t), DROPPED_32 if self.bits == 8 else DROPPED_16
+            made = torch.randint(1 << dropped, (PIECE,), generator=generator, device=device, dtype=torch.int32)
             self.drawn = t, device, made
         return self.drawn[2]
 
@@ -180,28 +181,35 @@ CODES = {"exp_avg": FIRST, "exp_avg_sq": SECOND}  # AdamW's moments, in torch's 
 
 
 def new_moments(count: int, device: torch.device, bits: int) -> dict[str, Tensor]:
-    """The moments of `count` numbers before the first step: fp32, or with `bits` 8 as codes and scales."""
+    """The moments of `count` numbers before the first step: fp32, with `bits` 16 bfloat16, with 8 codes and scales."""
     if bits != 8 or count < SMALL:
-        return {name: torch.zeros(count, device=device) for name in CODES}
+        dtype = torch.bfloat16 if bits == 16 and count >= SMALL else torch.float32
+        return {name: torch.zeros(count, dtype=dtype, device=device) for name in CODES}
     codes = {f"{name}.bits": torch.zeros(count, dtype=code.dtype, device=device) for name, code in CODES.items()}
     return codes | {f"{name}.scale": torch.zeros(-(-count // BLOCK), device=device) for name in CODES}
 
 
 def read(state: Mapping[str, Tensor], name: str, part: slice) -> Tensor:
-    """Numbers `part` (from a multiple of 256) of a moment, float32: a view, or what the codes stand for."""
+    """Numbers `part` (from a multiple of 256) of a moment, float32: a view, or what is kept of them."""
     if name in state:
-        return state[name][part]
+        return state[name][part].float()
     blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
     return dequantize(state[f"{name}.bits"][part], state[f"{name}.scale"][blocks], CODES[name])
 
 
 def write(state: Mapping[str, Tensor], name: str, part: slice, x: Tensor, noise: Tensor | None = None) -> None:
-    """Put numbers `part` of a moment back as it is kept; what is kept in fp32 was changed in place."""
-    if name not in state:
+    """Put numbers `part` of a moment back as it is kept; what is kept in fp32 was changed in place. With `noise`,
+    random int32 as wide as the bits that are dropped, second moments are rounded stochastically, and `x` is lost."""
+    second, kept = CODES[name] is SECOND, state.get(name)
+    noise = noise[: len(x)] if second and noise is not None else None
+    if kept is None:
         blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))
-        noise = None if noise is None else noise[: len(x)]
-        codes, scale = quantize(x) if CODES[name] is FIRST else quantize_squares(x, noise)
+        codes, scale = quantize_squares(x, noise) if second else quantize(x)
         state[f"{name}.bits"][part], state[f"{name}.scale"][blocks] = codes, scale
+    elif kept.dtype == torch.bfloat16 and noise is not None:
+        kept.view(torch.int16)[part] = x.view(torch.int32).add_(noise).bitwise_right_shift_(DROPPED_16)
+    elif kept.dtype == torch.bfloat16:
+        kept[part] = x
 
 
 def adopt(saved: Mapping[str, Tensor], p: Tensor, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -276,7 +276,7 @@ def describe(config: Config) -> str:
     said = [config.precision]
     said += ["gradient checkpointing"] if config.gradient_checkpointing else []
     said += [f"trained weights in {config.trained_weights}"] if config.trained_weights != "fp32" else []
-    said += ["moments in 8 bits"] if config.optimizer_bits == 8 else []
+    said += [f"moments in {config.optimizer_bits} bits"] if config.optimizer_bits != 32 else []
     said += ["optimizer on the CPU"] if config.optimizer_on_cpu else []
     return ", ".join(said + (["frozen blocks streamed"] if config.stream else []))
 
@@ -293,7 +293,7 @@ def on_cpu(config: Config, shapes: ModelConfig) -> int:
     width, everything = PRECISIONS[config.precision].itemsize, sum(p.numel() for p in model.parameters())
     resting = width * sum(p.numel() for part in model.vae.decoding for p in part.parameters()) * config.cache
     if config.optimizer_on_cpu:
-        moments = 2 if config.optimizer_bits == 8 else 8
+        moments = 2 * config.optimizer_bits // 8
         resting += 2 * pinned(trained, 4) + sum(trained) * (moments + 4 * bool(config.ema_decay))
     if config.stream:
         resting += pinned(locked, width)

@@ -20,8 +20,10 @@ from memory import FIRST, SECOND
 from parallel import Ranks
 from tests.test_train import config, equal, losses, weights  # noqa: F401 (config is a fixture)
 
-
 # ------------------------------------------------------------------------------------------------- 8 bits for a number
+HELD = {8: ("exp_avg.bits", "exp_avg_sq.bits"), 16: ("exp_avg", "exp_avg_sq")}  # where moments are kept
+
+
 def numbers(count: int, seed: int = 0) -> torch.Tensor:
     """Of magnitudes over six decades, as gradients have, with zeros and signs."""
     g = torch.Generator().manual_seed(seed)
@@ -58,10 +60,11 @@ def test_second_moments_round_so_that_the_mean_is_right_and_never_to_zero():
     assert ((back() / v - 1).abs()[large] > 0.02).any()  # rounding to the nearest alone is off by more
 
 
-def test_second_moments_follow_changes_of_a_thousandth():
+@pytest.mark.parametrize("bits", [8, 16])
+def test_second_moments_follow_changes_of_a_thousandth(bits):
     """Squares that stay the same, a fifth above what the moments are: less than one in 5000 a step."""
     p = torch.nn.Parameter(torch.zeros(256 * 32))
-    optimizer = memory.AdamW({"p": p}, lr=0.0)
+    optimizer = memory.AdamW({"p": p}, lr=0.0, bits=bits)
     first = torch.arange(p.numel()) % 256 == 0  # the largest of each block, which keep its scale
     seen = []
     for square, steps in ((1.0, 1), (1.2, 1500)):
@@ -71,6 +74,7 @@ def test_second_moments_follow_changes_of_a_thousandth():
             state = optimizer.state[p]
             if square == 1.0:  # as if it had been so for ever
                 memory.write(state, "exp_avg_sq", slice(0, p.numel()), p.grad.square())
+                assert all(p.numel() * bits / 8 == v.nbytes for k, v in state.items() if k in HELD[bits])
         seen.append(memory.read(state, "exp_avg_sq", slice(0, p.numel()))[~first].mean().item())
     assert seen[0] == pytest.approx(1.0) and seen[1] == pytest.approx(1.2 - 0.2 * 0.999**1500, rel=0.01)
 
@@ -97,14 +101,15 @@ def descend(optimizer_of, dtype=torch.float32, steps=300) -> tuple[torch.Tensor,
     return p.detach().float(), wanted
 
 
-def test_adamw_equals_that_of_torch_and_8_bits_come_as_near():
+@pytest.mark.parametrize("bits", [8, 16])
+def test_adamw_equals_that_of_torch_and_fewer_bits_come_as_near(bits):
     torchs = descend(lambda named: torch.optim.AdamW(named.values(), lr=0.02, weight_decay=0.1))
     error = lambda result: (result[0] - result[1]).square().mean().sqrt().item()
     same = descend(lambda named: memory.AdamW(named, 0.02, 0.1, bits=32))
     assert torch.allclose(torchs[0], same[0], atol=1e-5)
-    eight = descend(lambda named: memory.AdamW(named, 0.02, 0.1, bits=8))
-    assert not torch.equal(eight[0], same[0]) and error(eight) < 1.1 * error(torchs) < 0.2
-    brain = descend(lambda named: memory.AdamW(named, 0.02, 0.1, bits=8), torch.bfloat16)
+    fewer = descend(lambda named: memory.AdamW(named, 0.02, 0.1, bits=bits))
+    assert not torch.equal(fewer[0], same[0]) and error(fewer) < 1.1 * error(torchs) < 0.2
+    brain = descend(lambda named: memory.AdamW(named, 0.02, 0.1, bits=bits), torch.bfloat16)
     assert error(brain) < 1.2 * error(torchs)
 
 
@@ -117,14 +122,15 @@ def test_small_updates_of_bfloat16_weights_are_not_lost():
     assert p.float().mean().item() == pytest.approx(1 - 1e-3, abs=1e-4)
 
 
-def test_8_bit_state_takes_a_quarter_and_changes_form_both_ways():
+@pytest.mark.parametrize(("bits", "part"), [(8, 0.26), (16, 0.501)])
+def test_a_lean_state_takes_its_part_and_changes_form_both_ways(bits, part):
     p = torch.nn.Parameter(torch.randn(40, 128, 3, 3).to(memory_format=torch.channels_last))
-    lean, full = memory.AdamW({"p": p}, 1e-3), torch.optim.AdamW([p], 1e-3)
+    lean, full = memory.AdamW({"p": p}, 1e-3, bits=bits), torch.optim.AdamW([p], 1e-3)
     for optimizer in (lean, full):
         p.grad = torch.randn_like(p)
         optimizer.step()
     size = lambda o: sum(v.nbytes for v in o.state[p].values() if isinstance(v, torch.Tensor))
-    assert size(lean) < 0.26 * size(full)
+    assert size(lean) < part * size(full)
     stored = lambda o: {k: torch.as_tensor(v).float() if k == "step" else v for k, v in o.state[p].items()}
     there = memory.adopt(stored(lean), p, full)
     assert there["exp_avg"].stride() == p.stride()
@@ -193,6 +199,29 @@ def test_a_state_of_another_form_is_told_of(config):  # noqa: F811
     asked = train.parse(["--resume", str(run), "--steps", "9"])
     with pytest.raises(CheckpointError, match="optimizer.safetensors: no 'exp_avg.bits' of control_model.*--control"):
         train.train(asked.config, resume=asked.resume)
+
+
+@pytest.mark.parametrize(("bits", "wait_in"), [(32, torch.float32), (16, torch.bfloat16), (8, torch.bfloat16)])
+def test_gradients_wait_for_a_lean_optimizer_in_bf16(config, bits, wait_in):  # noqa: F811
+    """And are those of fp32 but for rounding, also when two micro-batches add up."""
+    config = dataclasses.replace(  # noqa: F811
+        resolve(config, "fast"), optimizer_bits=bits, accumulate_grad_batches=2, clip_grad_norm=1e-3
+    )
+    made = engine.assemble(config, ControlLDM.from_file(config.base, attach=True))
+    plain = engine.assemble(
+        dataclasses.replace(config, optimizer_bits=32), ControlLDM.from_file(config.base, attach=True)
+    )
+    for last in (False, True):
+        made.backward(random_batch(config), last)
+        plain.backward(random_batch(config), last)
+    for name, p in made.trained.items():
+        exact = plain.trained[name].grad
+        assert p.grad.dtype == wait_in and ((p.grad - exact).abs() <= exact.abs() * 2**-7).all()
+    before = {k: p.detach().clone() for k, p in made.trained.items()}
+    norm, exact = (x.update(1e-3, torch.zeros(())) for x in (made, plain))
+    assert norm == pytest.approx(exact, rel=0.01) and all(p.grad is None for p in made.trained.values())
+    moved = sum(not torch.equal(p, before[k]) for k, p in made.trained.items())
+    assert moved > 0.9 * len(before)
 
 
 def test_offloaded_gradients_leave_as_they_are_made(config):  # noqa: F811

@@ -7,7 +7,7 @@ import checkpoint
 from checkpoint import CheckpointError
 from clip_text import Tokenizer
 from controlnet import SD21_V, TINY, ControlLDM, ControlNet, ModelConfig
-from unet import Conv1x1, Conv3x3, UNetConfig
+from unet import Conv1x1, Conv3x3, Gate, UNetConfig
 
 
 @pytest.mark.parametrize("hint_channels", [1, 3, 5])
@@ -81,6 +81,17 @@ def test_a_frozen_convolution_has_the_same_gradient_and_keeps_nothing(make, form
     assert kept == [conv.weight.shape]
     assert torch.equal(trained[0], frozen[0])
     assert torch.equal(trained[1], frozen[1])
+
+
+def test_the_gate_has_the_same_gradient_and_keeps_only_what_came_in():
+    x, kept = torch.randn(2, 5, 16, requires_grad=True), []
+    value, gate = x.chunk(2, dim=-1)
+    plain = value * torch.nn.functional.gelu(gate)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = Gate.apply(x)
+    assert torch.equal(out, plain) and len(kept) == 1 and kept[0].data_ptr() == x.data_ptr()
+    grad = torch.randn_like(out)
+    assert torch.equal(torch.autograd.grad(out, x, grad)[0], torch.autograd.grad(plain, x, grad)[0])
 
 
 def test_config_fields():

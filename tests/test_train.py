@@ -61,7 +61,7 @@ def test_a_run_is_a_folder(config):
     [
         {},
         {"precision": "fp16", "sd_locked": False},
-        {"cache": False, "drop_prompt": 0.5},
+        {"cache": False, "drop_prompt": 0.5, "optimizer_bits": 16},
         {"channels_last": True, "drop_prompt": 0.5, "memory": "8gb", "ema_decay": 0.9},
         {"channels_last": True, "memory": "6gb"},
         {"memory": "4gb", "ema_decay": 0.9, "accumulate_grad_batches": 2, "batch_size": 2},
