@@ -33,7 +33,6 @@ from torch.utils._pytree import tree_leaves
 
 GIB = 2**30
 BLOCK = 256  # numbers that share a scale
-PIECE = 1 << 20  # numbers that AdamW updates at once
 SMALL = 4096  # moments of tensors with fewer numbers stay fp32: nothing to win, and norms' weights matter
 
 
@@ -144,9 +143,9 @@ class AdamW(torch.optim.Optimizer):
         noise = self.noise(t, p.device) if self.bits != 32 else None
         brain = p.dtype == torch.bfloat16
         generator = generator_for(p.device, self.seed, t, self.names[id(p)]) if brain else None
-        weights, gradient = p.detach().reshape(-1), p.grad.reshape(-1)
-        for start in range(0, p.numel(), PIECE):
-            part = slice(start, min(start + PIECE, p.numel()))
+        weights, gradient, piece = p.detach().reshape(-1), p.grad.reshape(-1), piece_on(p.device)
+        for start in range(0, p.numel(), piece):
+            part = slice(start, min(start + piece, p.numel()))
             g, w = gradient[part].float(), weights[part].float()
             m, v = read(state, "exp_avg", part), read(state, "exp_avg_sq", part)
             done = torch.full((), t - 1.0, device=p.device)  # steps
@@ -166,9 +165,15 @@ class AdamW(torch.optim.Optimizer):
         harm, since what is rounded is another."""
         if self.drawn[:2] != (t, device):
             generator, dropped = generator_for(device, self.seed, t), DROPPED_32 if self.bits == 8 else DROPPED_16
-            made = torch.randint(1 << dropped, (PIECE,), generator=generator, device=device, dtype=torch.int32)
+            shape = (piece_on(device),)
+            made = torch.randint(1 << dropped, shape, generator=generator, device=device, dtype=torch.int32)
             self.drawn = t, device, made
         return self.drawn[2]
+
+
+def piece_on(device: torch.device) -> int:
+    """How many numbers AdamW updates at once: what the cache of a CPU holds; more where each call costs more."""
+    return 1 << (19 if device.type == "cpu" else 23)
 
 
 def generator_for(device: torch.device, *parts: object) -> torch.Generator:
