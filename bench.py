@@ -123,7 +123,6 @@ def diffusers_step(config: Config, name: str) -> tuple[Callable[[], None], None]
     return step, None
 
 
-@torch.no_grad()
 def our_image(config: Config, name: str) -> tuple[Callable[[], None], None]:
     """Our sampler's image: DDIM in `config.log_steps` steps, guidance, control."""
     side = int(config.resolution)
