@@ -37,10 +37,10 @@ sample: .venv/.run  ## draw with a trained one: [MODEL=] [HINT=] [PROMPT=] [OUT=
 	$(PY) sampler.py --model $(MODEL) --hint $(HINT) --prompt "$(PROMPT)" $(if $(OUT),--out $(OUT)) $(ARGS)
 
 data: .venv/.run  ## make the demo's data set, data/circles
-	$(PY) circles.py make data/circles $(ARGS)
+	$(PY) -m toy.circles make data/circles $(ARGS)
 
 pretrain: .venv/.run  ## make models/tiny_sd.safetensors, the demo's base, from nothing (some hours on two cores)
-	$(PY) pretrain.py $(ARGS)
+	$(PY) -m toy.pretrain $(ARGS)
 
 merge: .venv/.run  ## attach a ControlNet to a Stable Diffusion file: BASE= OUT= [ARGS=]
 	$(PY) merge.py attach $(BASE) $(OUT) $(ARGS)
@@ -74,4 +74,4 @@ models/v1-5-pruned.ckpt:
 	mv $@.partial $@
 
 clean:  ## remove .venv, caches and the demo's run (data sets and other runs stay)
-	rm -rf .venv .pytest_cache .ruff_cache __pycache__ tests/__pycache__ data/.cache runs/demo
+	rm -rf .venv .pytest_cache .ruff_cache __pycache__ */__pycache__ tests/golden/__pycache__ data/.cache runs/demo

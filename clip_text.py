@@ -1,11 +1,11 @@
-"""How prompts become vectors: CLIP's tokenizer and the two text towers that Stable Diffusion uses.
+"""How prompts become vectors: CLIP's tokenizer and the two text encoders that Stable Diffusion uses.
 
 A prompt is cut into at most 75 byte-pair tokens, framed by a start and an end token and padded to 77; a causal
 transformer turns the 77 ids into 77 vectors, the *context* that the UNet's cross-attention reads.
 
     prompts --Tokenizer--> ids (B,77) --CLIPTextModel--> context (B,77,width)
 
-SD 1.x uses CLIP ViT-L's tower (OpenAI): last layer, final norm, padded with the end token. SD 2.x uses OpenCLIP
+SD 1.x uses CLIP ViT-L (OpenAI): last layer, final norm, padded with the end token. SD 2.x uses OpenCLIP
 ViT-H's: last layer but one, then the final norm, padded with 0. Parameters carry the names of the former
 (`text_model.*`, as `cond_stage_model.transformer.*` in files); loading understands both spellings.
 Follows Radford et al. 2021 (arXiv:2103.00020).
@@ -104,10 +104,10 @@ def tokenizer_files(pad: str) -> dict[str, str]:
     }
 
 
-# --------------------------------------------------------------------------------------------------------- text tower
+# --------------------------------------------------------------------------------------------------------- text encoder
 @dataclass(frozen=True)
 class TextConfig:
-    """Shape of the text tower. `penultimate`: the last of `layers` is left out, as SD 2.x does (and clip-skip 2)."""
+    """Shape of the text encoder. `penultimate`: the last of `layers` is left out, as SD 2.x does (and clip-skip 2)."""
 
     width: int = 768
     layers: int = 12
@@ -193,7 +193,7 @@ class TextTransformer(nn.Module):
 
 
 class CLIPTextModel(nn.Module):
-    """A text tower as Stable Diffusion consumes it: ids (B,77) int64 -> context (B,77,width)."""
+    """The text encoder as Stable Diffusion uses it: ids (B,77) int64 -> context (B,77,width)."""
 
     def __init__(self, config: TextConfig):
         super().__init__()
@@ -206,8 +206,8 @@ class CLIPTextModel(nn.Module):
     def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False):
         """Load either spelling, with or without the prefix it has in a Stable Diffusion checkpoint.
 
-        What the file has and the tower does not use is passed over (the last of 24 layers, `text_projection`,
-        `logit_scale`, `position_ids`); what the tower needs and the file lacks is an error.
+        Tensors that the encoder does not use are ignored (the last of 24 layers, `text_projection`, `logit_scale`,
+        `position_ids`); a missing tensor that the encoder needs is an error.
         """
         given, own = clip_spelling(state_dict), self.state_dict().keys()
         return super().load_state_dict({k: v for k, v in given.items() if k in own}, strict=strict, assign=assign)
@@ -230,7 +230,7 @@ OPENCLIP_TOP = {
 
 
 def clip_spelling(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give a text tower's keys CLIP's spelling (`text_model.*`), whatever prefix and spelling they come in."""
+    """Give a text encoder's keys CLIP's spelling (`text_model.*`), whatever prefix and spelling they come in."""
     out = {}
     for key, value in state_dict.items():
         key = key.removeprefix("cond_stage_model.").removeprefix("transformer.text_model.").removeprefix("model.")
@@ -254,7 +254,7 @@ def clip_spelling(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def openclip_spelling(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The way back: CLIP's spelling (`text_model.*`) -> OpenCLIP's. A key that it has no name for is left out."""
+    """CLIP's spelling (`text_model.*`) -> OpenCLIP's. A key without a name in OpenCLIP is left out."""
     top = {v: k for k, v in OPENCLIP_TOP.items()}
     layer = {v: k for k, v in OPENCLIP_LAYER.items()}
     out = {}

@@ -1,27 +1,28 @@
-"""What can be set: every setting of a run, as one dataclass that is the command line, and as `config.json`.
+"""What can be set: every setting of a training run in one dataclass, which is also the command line and `config.json`.
 
-A field of `Config` is a flag of the same name (`batch_size`, `--batch-size`), with a group and a sentence of help
-beside its default. Later wins: defaults, then the demo or the resumed run, then flags.
+A field of `Config` is a flag of the same name (`batch_size`, `--batch-size`). Beside its default stand its group, its
+help text, and its choices or its range. Later sources win: defaults, then the demo or the resumed run, then flags.
 """
 
 import argparse
 import dataclasses
-from collections.abc import Collection, Sequence
+import math
+import types
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import torch
 
-import checkpoint
 import data
-import parallel
-from checkpoint import CheckpointError
-from controlnet import PRECISIONS
+from ldm import PRECISIONS
+from training.distributed import world_size
+from weights.runs import load_run
 
 TINY_BASE = Path(__file__).parent / "models" / "tiny_sd.safetensors"
-# `--memory`: what each setting about memory is, unless it is given by itself. From the fastest to the leanest.
+# `--memory`: the values of all settings about memory that are not given one by one. From the fastest to the leanest.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": dict(
         precision="fp32", gradient_checkpointing=False, trained_weights="fp32", optimizer_bits=32,
@@ -40,147 +41,186 @@ PRESETS: dict[str, dict[str, Any]] = {
         optimizer_on_cpu=True, stream=True, encode_batch_size=1,
     ),
 }  # fmt: skip
+INF = math.inf
 
 
-def setting(default: Any, group: str, text: str, choices: Sequence[str] | None = None) -> Any:
-    return field(default=default, metadata={"group": group, "help": text, "choices": choices})
+class ConfigError(ValueError):
+    """A setting that cannot be; the message names the flag, its value and what to do, in one line."""
+
+
+def setting(
+    default: Any, group: str, text: str, choices: Sequence[Any] | None = None, low: float = -INF, high: float = INF
+) -> Any:
+    """A field of `Config`: its default, its group in --help, its help text, and its choices or its range."""
+    return field(default=default, metadata=dict(group=group, help=text, choices=choices, low=low, high=high))
 
 
 @dataclass
 class Config:
-    """Every setting of a run; each is a flag of the same name. Defaults are the ControlNet tutorial's."""
+    """Every setting of a run; each is a flag of the same name. Defaults are those of the ControlNet tutorial.
+
+    A setting about memory that is None comes from the preset `memory` (see `resolve`).
+    """
 
     base: str = setting(
-        "",
-        "what to train",
-        "Stable Diffusion file to attach a ControlNet to, or one that has it (a plan also takes sd15, sd21, ...)",
+        "", "model and data",
+        "Stable Diffusion file or diffusers folder to train on, with a ControlNet or without one (with --plan also the "
+        "name of a known model: sd15, sd21, ...)",
+    )  # fmt: skip
+    data: str = setting("", "model and data", "folder of the data set: prompt.json, source/ and target/ as in Fill50K")
+    out: str = setting("", "model and data", "folder of the run (default: runs/ and the name of the data folder)")
+    resolution: str = setting("", "model and data", "size of the images, N or WxH (default: that of the first target)")
+    hint_channels: int = setting(
+        3, "model and data", "channels of the hint images: 1, 3 or 4; any number from .npy files", low=1
     )
-    data: str = setting("", "what to train", "folder with prompt.json, source/ and target/ (Fill50K's layout)")
-    out: str = setting("", "what to train", "the run's folder (default: runs/ and the data folder's name)")
-    resolution: str = setting("", "what to train", "size of the images, N or WxH (default: the first target's)")
-    hint_channels: int = setting(3, "what to train", "channels of the hint images: 1, 3, 4; others from .npy files")
     hint_resample: str = setting(
-        "area", "what to train", "how hints are resized; nearest is for label maps", ("area", "nearest")
+        "area", "model and data", "filter that resizes hints; nearest is for label maps", ("area", "nearest")
     )
     prediction: str = setting(
-        "auto", "what to train", "v for SD 2.1 at 768 px, which its file cannot tell", ("auto", "eps", "v")
+        "auto", "model and data", "what the UNet predicts; SD 2.1 at 768 px needs v, which its file does not say",
+        ("auto", "eps", "v"),
+    )  # fmt: skip
+    control: str = setting(
+        "", "model and data", "file or folder of a ControlNet to start from (default: a new ControlNet)"
     )
-    control: str = setting("", "what to train", "a ControlNet's file or folder to go on from (default: a new one)")
-    vae: str = setting("", "what to train", "a VAE's file or folder to take for the base's")
-    ema: bool = setting(False, "what to train", "take the base UNet's moving average (model_ema.*) for its weights")
-    clip_skip: int = setting(1, "what to train", "2 leaves out the text tower's last layer, as some SD 1.x models want")
+    vae: str = setting("", "model and data", "file or folder of a VAE that replaces the base's")
+    ema: bool = setting(False, "model and data", "use the moving average of the base's UNet (model_ema.*)")
+    clip_skip: int = setting(
+        1, "model and data", "2 leaves out the last layer of the text encoder, as some SD 1.x models expect", low=1
+    )
 
-    sd_locked: bool = setting(True, "what is trained", "off: the UNet's decoder trains too; use a rate of 2e-6 then")
-    only_mid_control: bool = setting(False, "what is trained", "steer through the middle block alone: fast, weak")
+    sd_locked: bool = setting(
+        True, "what trains", "--no-sd-locked trains the decoder of the UNet too; use a learning rate of 2e-6 then"
+    )
+    only_mid_control: bool = setting(
+        False, "what trains", "use the residual of the middle block alone: faster, weaker control"
+    )
 
-    steps: int = setting(10_000, "optimisation", "optimizer steps in all")
-    batch_size: int = setting(4, "optimisation", "samples that are computed at once (a micro-batch)")
+    steps: int = setting(10_000, "optimization", "optimizer steps of the whole run", low=1)
+    batch_size: int = setting(4, "optimization", "samples that one GPU computes at once (a micro-batch)", low=1)
     accumulate_grad_batches: int = setting(
-        1, "optimisation", "micro-batches a step: 4 of them are a batch 4 times as large"
+        1, "optimization", "micro-batches in a step: 4 make the batch of a step 4 times as large", low=1
     )
-    learning_rate: float = setting(1e-5, "optimisation", "of AdamW")
-    warmup_steps: int = setting(0, "optimisation", "steps over which the learning rate rises from 0")
+    learning_rate: float = setting(1e-5, "optimization", "learning rate of AdamW", low=0)
+    warmup_steps: int = setting(0, "optimization", "steps over which the learning rate rises from 0", low=0)
     lr_schedule: str = setting(
-        "constant", "optimisation", "of the learning rate after that", ("constant", "linear", "cosine")
+        "constant", "optimization", "learning rate after the warm-up", ("constant", "linear", "cosine")
     )
-    weight_decay: float = setting(1e-2, "optimisation", "of AdamW")
-    clip_grad_norm: float = setting(0.0, "optimisation", "largest norm of the gradient; 0 turns clipping off")
+    weight_decay: float = setting(1e-2, "optimization", "weight decay of AdamW", low=0)
+    clip_grad_norm: float = setting(
+        0.0, "optimization", "largest norm of the gradient; a longer one is scaled down; 0: no clipping", low=0
+    )
     ema_decay: float = setting(
-        0.0, "optimisation", "keep a moving average of what trains, to draw and export (0.999); 0: none"
-    )
+        0.0, "optimization",
+        "decay of a moving average of the trained weights (0.999), which draws and is exported; 0: no average",
+        low=0, high=0.99999,
+    )  # fmt: skip
     channels_last: bool = setting(
-        False, "optimisation", "keep the channels of images and weights side by side in memory"
+        False, "optimization", "keep weights and activations in the channels_last memory format"
     )
-    compile: bool = setting(False, "optimisation", "let torch.compile make the kernels: minutes first, then faster")
-    deterministic: bool = setting(False, "optimisation", "on a GPU: the same run twice gives the same bits; slower")
-    seed: int = setting(0, "optimisation", "all randomness is a function of it and of the sample's number")
-    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "optimisation", "where to compute")
+    compile: bool = setting(False, "optimization", "compile the loss with torch.compile: minutes at the start")
+    deterministic: bool = setting(
+        False, "optimization", "use deterministic GPU kernels: two equal runs give equal bits; slower"
+    )
+    seed: int = setting(
+        0, "optimization",
+        "seed of all randomness, together with the number of the sample", low=-(2**63), high=2**63 - 1,
+    )  # fmt: skip
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "optimization", "device that computes")
 
     memory: str = setting(
-        "auto", "memory", "a preset for what follows; auto: the first of them that fits the GPU", ("auto", *PRESETS)
+        "auto", "memory", "preset for the settings below; auto: the first preset that fits the GPU", ("auto", *PRESETS)
     )
-    precision: str | None = setting(None, "memory", "of the computation, and of frozen weights", tuple(PRECISIONS))
+    precision: str | None = setting(
+        None, "memory", "number format of the computation and of frozen weights", tuple(PRECISIONS)
+    )
     gradient_checkpointing: bool | None = setting(
-        None, "memory", "keep less for the way back and compute it again: a third slower, much leaner"
+        None, "memory", "compute activations again in the backward pass instead of keeping them: a third slower"
     )
     trained_weights: str | None = setting(
-        None,
-        "memory",
-        "of what trains; bf16 is rounded stochastically where the GPU moves it",
+        None, "memory", "number format of the weights that train; bf16 is rounded stochastically",
         ("fp32", "bf16", "fp16"),
-    )
+    )  # fmt: skip
     optimizer_bits: int | None = setting(
-        None, "memory", "of each of AdamW's moments; below 32 gradients wait for it in bf16", (32, 16, 8)
+        None, "memory", "bits of each moment of AdamW; below 32 gradients are kept in bf16", (32, 16, 8)
     )
     optimizer_on_cpu: bool | None = setting(
-        None, "memory", "optimizer, its state and fp32 weights stay in the CPU's memory (16 bytes a trained weight)"
+        None, "memory", "keep optimizer, moments and fp32 weights in CPU memory (16 bytes a trained weight)"
     )
-    stream: bool | None = setting(None, "memory", "frozen blocks stay in the CPU's memory and come when needed")
-    encode_batch_size: int | None = setting(None, "memory", "images that the VAE encodes at once")
+    stream: bool | None = setting(
+        None, "memory", "keep frozen blocks in CPU memory and copy each to the GPU when it is needed"
+    )
+    encode_batch_size: int | None = setting(None, "memory", "images that the VAE encodes at once", low=1)
     attention_slice: int = setting(
-        0, "memory", "attend from so many positions at once, where attention has no fused kernel; 0: all"
+        0, "memory", "queries that attend at once, for GPUs without a fused attention kernel; 0: all", low=0
     )
 
-    drop_prompt: float = setting(0.0, "what a step sees", "part of the prompts that is emptied (the paper: 0.5)")
-    drop_hint: float = setting(0.0, "what a step sees", "part of the hints that is blacked out")
-    timestep_bias: float = setting(1.0, "what a step sees", "t = 1000 u^bias: below 1 more high-noise timesteps")
-    even_timesteps: bool = setting(False, "what a step sees", "spread timesteps evenly over successive samples")
-    min_timestep: int = setting(0, "what a step sees", "lowest timestep")
-    max_timestep: int = setting(0, "what a step sees", "highest timestep; 0: the last")
-    noise_offset: float = setting(0.0, "what a step sees", "adds so much noise that is equal all over a channel (0.1)")
-    min_snr_gamma: float = setting(0.0, "what a step sees", "weighs timesteps by min-SNR with this gamma (5); 0: alike")
+    drop_prompt: float = setting(
+        0.0, "samples and loss", "fraction of the prompts that is emptied (the paper: 0.5)", low=0, high=1
+    )
+    drop_hint: float = setting(0.0, "samples and loss", "fraction of the hints that is blacked out", low=0, high=1)
+    timestep_bias: float = setting(
+        1.0, "samples and loss", "timesteps are 1000 u^bias with u in [0,1): below 1 more of high noise", low=1e-6
+    )
+    even_timesteps: bool = setting(
+        False, "samples and loss", "spread timesteps evenly over successive samples instead of drawing them"
+    )
+    min_timestep: int = setting(0, "samples and loss", "lowest timestep", low=0, high=999)
+    max_timestep: int = setting(0, "samples and loss", "highest timestep; 0: the last one", low=0, high=999)
+    noise_offset: float = setting(
+        0.0, "samples and loss", "scale of extra noise that is constant over each channel (0.1); 0: none", low=0
+    )
+    min_snr_gamma: float = setting(
+        0.0, "samples and loss", "gamma of the min-SNR weights of timesteps (5); 0: equal weights", low=0
+    )
     zero_terminal_snr: bool = setting(
-        False, "what a step sees", "for v models: end the schedule in pure noise (Lin et al. 2023)"
+        False, "samples and loss", "stretch the noise schedule to end in pure noise; for v models (Lin et al. 2023)"
     )
-    huber: float = setting(0.0, "what a step sees", "from this error on the loss grows linearly; 0: always the square")
+    huber: float = setting(
+        0.0, "samples and loss", "error from which the loss grows linearly (Huber loss); 0: squared error", low=0
+    )
 
-    cache: bool = setting(True, "frozen work", "compute the VAE's and text tower's outputs once; off: at every step")
-    cache_dir: str = setting("data/.cache", "frozen work", "where they are kept; runs share them")
+    cache: bool = setting(
+        True, "data loading", "compute the outputs of VAE and text encoder once; --no-cache: at every step"
+    )
+    cache_dir: str = setting("data/.cache", "data loading", "folder of the cache, which runs share")
     workers: int = setting(
-        2 if torch.cuda.is_available() else 0, "frozen work", "processes that load samples ahead; 0: none"
+        2 if torch.cuda.is_available() else 0, "data loading", "processes that load samples ahead; 0: none", low=0
     )
 
     logger_freq: int = setting(
-        300, "watching", "steps between image logs and measurements of the control gain; 0: never"
+        300, "logging", "steps between image logs and measurements of the control gain; 0: never", low=0
     )
-    checkpoint_freq: int = setting(1000, "watching", "steps between checkpoints (there is always one at the end)")
-    keep_checkpoints: int = setting(2, "watching", "how many of the newest are kept; 0: all")
-    keep_every: int = setting(0, "watching", "of older ones, those of every so many steps are kept; 0: none")
+    checkpoint_freq: int = setting(
+        1000, "logging", "steps between checkpoints (the last step always writes one)", low=1
+    )
+    keep_checkpoints: int = setting(2, "logging", "newest checkpoints that are kept; 0: all", low=0)
+    keep_every: int = setting(
+        0, "logging", "of older checkpoints those of every N-th step are kept too; 0: none", low=0
+    )
     max_skipped: int = setting(
-        30, "watching", "steps in a row with a loss or gradient that is not finite, then it ends"
+        30, "logging", "steps in a row without a finite loss and gradient after which the run ends", low=0
     )
-    validation: int = setting(8, "watching", "samples held out to watch (of small data sets a tenth, at least 2)")
-    log_images: int = setting(4, "watching", "of these, how many are drawn in the image log")
-    log_steps: int = setting(50, "watching", "denoising steps of the image log")
-    guidance: float = setting(0.0, "watching", "guidance scale of the image log; 0: what suits the model (9 for SD)")
-    tensorboard: bool = setting(False, "watching", "write the metrics for TensorBoard too, if it is installed")
+    validation: int = setting(8, "logging", "samples held out for validation (a tenth of a small data set)", low=1)
+    log_images: int = setting(4, "logging", "validation samples that are drawn in the image log", low=1)
+    log_steps: int = setting(50, "logging", "denoising steps of the image log", low=1, high=999)
+    guidance: float = setting(
+        0.0, "logging", "guidance scale of the image log; 0: the model's own (9 for Stable Diffusion)", low=0
+    )
+    tensorboard: bool = setting(False, "logging", "write the metrics for TensorBoard too (the package must be there)")
 
     @property
     def batch(self) -> int:
-        """Samples a step, over all ranks."""
-        return self.batch_size * self.accumulate_grad_batches * parallel.world_size()
+        """Samples in a step, over all micro-batches and ranks."""
+        return self.batch_size * self.accumulate_grad_batches * world_size()
 
 
-# What `python train.py` alone does.
+# `python train.py` without flags.
 DEMO = dict(
-    base=str(TINY_BASE),
-    data="data/circles",
-    out="runs/demo",
-    steps=1100,
-    batch_size=8,
-    learning_rate=2e-3,
-    warmup_steps=20,
-    lr_schedule="cosine",
-    timestep_bias=0.4,
-    even_timesteps=True,
-    weight_decay=0.0,
-    clip_grad_norm=1.0,
-    logger_freq=100,
-    log_steps=10,
-    validation=16,
-    channels_last=True,
-    drop_prompt=0.1,
-)
+    base=str(TINY_BASE), data="data/circles", out="runs/demo", steps=1100, batch_size=8, learning_rate=2e-3,
+    warmup_steps=20, lr_schedule="cosine", timestep_bias=0.4, even_timesteps=True, weight_decay=0.0, clip_grad_norm=1.0,
+    logger_freq=100, log_steps=10, validation=16, channels_last=True, drop_prompt=0.1,
+)  # fmt: skip
 # `base`, `vae` and `data` may be other paths on resume, to the same weights and the same rows.
 FIXED_ON_RESUME = (
     "resolution", "hint_channels", "hint_resample", "prediction", "control", "ema", "clip_skip", "seed", "validation",
@@ -188,68 +228,94 @@ FIXED_ON_RESUME = (
 )  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------------------------------- flags
-class Asked(NamedTuple):
+# ------------------------------------------------------------------------------------------------------ command line
+class CommandLine(NamedTuple):
     """What a command line asks for."""
 
     config: Config
-    resume: str | None  # the run to go on with
+    resume: str | None  # folder of the run to continue
     overwrite: bool
-    plan: bool  # tell what it would take, train nothing
-    vram: float | None  # of the GPU that is planned for, GiB
-    rate: float | None  # images a second that it makes
+    plan: bool  # print what training would take, and train nothing
+    vram: float | None  # memory of the GPU that is planned for, GiB
+    rate: float | None  # images that this GPU trains on in a second
+
+
+def flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def field_type(name: str) -> type:
+    """The type of a setting: bool, int, float or str (without the None that a preset fills in)."""
+    hint = get_type_hints(Config)[name]
+    return next(kind for kind in get_args(hint) if kind is not types.NoneType) if get_args(hint) else hint
+
+
+def number(kind: type, low: float = -INF, high: float = INF) -> Callable[[str], float]:
+    """A type for argparse: a number of type `kind` (int or float) from `low` to `high`."""
+
+    def parse_number(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high or not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"is {text}, should be {in_words(low, high)}")
+        return value
+
+    parse_number.__name__ = kind.__name__  # argparse: "invalid int value"
+    return parse_number
+
+
+def in_words(low: float, high: float) -> str:
+    """A range for messages: "1 or more", "0 to 1"."""
+    return "a finite number" if low == -INF else f"{low:g} or more" if high == INF else f"{low:g} to {high:g}"
 
 
 def add_flags(parser: argparse.ArgumentParser, names: Collection[str] = Config.__dataclass_fields__) -> None:
-    """Give `parser` the settings `names` as flags in groups; what is not given leaves no trace in what it returns."""
+    """Give `parser` the settings `names` as flags, in groups. A flag that is not given leaves no attribute."""
     groups = {}
     for f in dataclasses.fields(Config):
         if f.name not in names:
             continue
-        name, text = f.metadata["group"], f.metadata["help"]
-        group = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
+        group_name, text, choices = (f.metadata[k] for k in ("group", "help", "choices"))
+        group = groups.get(group_name) or groups.setdefault(group_name, parser.add_argument_group(group_name))
         default = f" (default: {'of the preset' if f.default is None else f.default})" if f.default != "" else ""
-        kind = type(PRESETS["fast"].get(f.name, f.default))
-        settings = dict(help=text + default, default=argparse.SUPPRESS)
+        kind, settings = field_type(f.name), dict(help=text + default, default=argparse.SUPPRESS)
         if kind is bool:
             settings |= dict(action=argparse.BooleanOptionalAction)
+        elif kind is str or choices:
+            settings |= dict(type=kind, choices=choices)
         else:
-            settings |= dict(type=kind, choices=f.metadata["choices"])
-        group.add_argument("--" + f.name.replace("_", "-"), **settings)
+            settings |= dict(type=number(kind, f.metadata["low"], f.metadata["high"]), metavar="N")
+        group.add_argument(flag_name(f.name), **settings)
 
 
-def parse(argv: list[str] | None) -> Asked:
-    """Flags -> what is asked for. Later wins: defaults, demo or resumed run, flags."""
+def parse(argv: list[str] | None) -> CommandLine:
+    """Flags -> what is asked for. Later sources win: defaults, demo or resumed run, flags."""
     parser = argparse.ArgumentParser(
-        description="Train a ControlNet. Without --base and --data: the demo, circles on the tiny base.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train a ControlNet. Without --base and --data: the demo, circles on the tiny base model.",
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--resume", metavar="RUN", help="folder of a run to go on with")
+    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
     parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
-    about = parser.add_argument_group("what it would take")
-    about.add_argument("--plan", action="store_true", help="tell memory, arithmetic, disk and time, and train nothing")
-    about.add_argument(
-        "--vram", type=float, metavar="GIB", help="with --plan: memory of the GPU, to name the fastest preset that fits"
+    plan_group = parser.add_argument_group("planning")
+    positive = number(float, 1e-9)
+    plan_group.add_argument(
+        "--plan", action="store_true", help="print the memory, arithmetic, disk and time of the run; train nothing"
     )
-    about.add_argument("--rate", type=float, metavar="N", help="with --plan: images a second, to tell the time")
+    plan_group.add_argument(
+        "--vram", type=positive, metavar="GIB",
+        help="with --plan: memory of the GPU; names the fastest preset that fits",
+    )  # fmt: skip
+    plan_group.add_argument(
+        "--rate", type=positive, metavar="N", help="with --plan: images a second, from which the time follows"
+    )
     add_flags(parser)
     given = vars(parser.parse_args(argv))
     resume, overwrite, plan, vram, rate = (given.pop(k, None) for k in ("resume", "overwrite", "plan", "vram", "rate"))
     if (vram or rate) and not plan:
-        raise CheckpointError("--vram and --rate are questions for --plan")
+        raise ConfigError("--vram and --rate belong to --plan, which is not given")
     if resume:
         if overwrite or "out" in given:
-            raise CheckpointError("--resume goes on in the run's own folder: no --out, no --overwrite")
-        settings = {k: v for k, v in checkpoint.load_run(resume).items() if k in Config.__dataclass_fields__}
-        if "memory" in given:
-            settings = {k: v for k, v in settings.items() if k not in PRESETS["fast"]}
-        plain = lambda k, v: data.parse_resolution(v) if k == "resolution" else v
-        changed = [k for k in FIXED_ON_RESUME if k in given and plain(k, given[k]) != plain(k, settings[k])]
-        if changed:
-            raise CheckpointError(
-                f"{resume}: --{changed[0].replace('_', '-')} cannot change on resume; it was {settings[changed[0]]!r}"
-            )
+            raise ConfigError("--resume continues in the folder of the run: leave out --out and --overwrite")
+        settings = resumed_settings(resume, given)
     elif "base" not in given and "data" not in given:
         settings = dict(DEMO)
     elif "base" in given and plan:  # a plan needs no data
@@ -257,21 +323,34 @@ def parse(argv: list[str] | None) -> Asked:
     elif "base" in given and "data" in given:
         settings = {"out": f"runs/{Path(given['data']).resolve().name}"}
     else:
-        raise CheckpointError(
-            "give --base (a Stable Diffusion file) and --data (a folder) both, or neither for the demo"
-        )
-    return Asked(Config(**(settings | given)), resume, bool(overwrite), bool(plan), vram, rate)
+        raise ConfigError("give both --base (a Stable Diffusion file) and --data (a folder), or neither for the demo")
+    return CommandLine(Config(**(settings | given)), resume, bool(overwrite), bool(plan), vram, rate)
 
 
+def resumed_settings(run: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run that is continued with the flags `given`. ConfigError for a flag that cannot change."""
+    settings = {k: v for k, v in load_run(run).items() if k in Config.__dataclass_fields__}
+    if "memory" in given:
+        settings = {k: v for k, v in settings.items() if k not in PRESETS["fast"]}
+    plain = lambda name, value: data.parse_resolution(value) if name == "resolution" else value
+    for name in FIXED_ON_RESUME:
+        if name in given and name in settings and plain(name, given[name]) != plain(name, settings[name]):
+            raise ConfigError(f"{run}: {flag_name(name)} cannot change on resume; it was {settings[name]!r}")
+    return settings
+
+
+# ------------------------------------------------------------------------------------------------ presets and checks
 def resolve(config: Config, preset: str) -> Config:
-    """`config` with what is not given by itself filled in from `preset`, as far as it goes together with what is given.
-    GPUs that do not know bf16 compute in fp16, to which trained weights can be brought if the CPU moves them."""
+    """`config` with every setting that is None filled in from `preset`, as far as it agrees with those that are given.
+
+    GPUs that do not know bf16 compute in fp16; trained weights can then be fp16 where the optimizer is on the CPU.
+    """
     filled = {k: v for k, v in PRESETS[preset].items() if getattr(config, k) is None}
     gpu = "cuda" in config.device and torch.cuda.is_available()
     if filled.get("precision") == "bf16" and gpu and not torch.cuda.is_bf16_supported(False):
         filled["precision"] = "fp16"
     whole = dataclasses.replace(config, **filled, memory=preset)
-    if "trained_weights" in filled and whole.trained_weights not in go_together(whole.precision):
+    if "trained_weights" in filled and whole.trained_weights not in allowed_weight_dtypes(whole.precision):
         half = whole.precision == "fp16" and whole.optimizer_on_cpu
         whole.trained_weights = "fp16" if half else "fp32"
     if "stream" in filled and (config.compile or not whole.gradient_checkpointing):
@@ -279,48 +358,46 @@ def resolve(config: Config, preset: str) -> Config:
     return whole
 
 
-def go_together(precision: str) -> tuple[str, ...]:
-    """What trained weights can be kept in when a step is computed in `precision`."""
+def allowed_weight_dtypes(precision: str) -> tuple[str, ...]:
+    """The number formats that trained weights can have when a step is computed in `precision`."""
     return ("fp32", "fp16") if precision == "fp16" else ("fp32", "bf16")
 
 
 def validate(config: Config) -> None:
-    """Refuse settings that make no sense, by name."""
+    """Raise ConfigError, which names the flag, for a setting of the wrong type or out of its range, and for settings
+    that exclude each other. `config` is resolved."""
+    for f in dataclasses.fields(config):
+        check_value(f, getattr(config, f.name))
     if not config.base or not config.out:
-        raise CheckpointError(f"--{'out' if config.base else 'base'} is not set")
-    if not 1 <= config.log_steps <= 999:
-        raise CheckpointError(f"--log-steps is {config.log_steps}, should be 1 to 999")
-    for name in (
-        "steps",
-        "log_images",
-        "batch_size",
-        "accumulate_grad_batches",
-        "hint_channels",
-        "checkpoint_freq",
-        "encode_batch_size",
-    ):
-        if getattr(config, name) < 1:
-            raise CheckpointError(f"--{name.replace('_', '-')} is {getattr(config, name)}, should be 1 or more")
-    for name in ("drop_prompt", "drop_hint", "ema_decay"):
-        if not 0 <= getattr(config, name) <= (1 if name != "ema_decay" else 0.99999):
-            raise CheckpointError(f"--{name.replace('_', '-')} is {getattr(config, name)}, should be 0 to 1")
-    if not 0 <= config.min_timestep <= (config.max_timestep or 999) <= 999 or config.timestep_bias <= 0:
-        raise CheckpointError(
-            f"--min-timestep {config.min_timestep}, --max-timestep {config.max_timestep}, --timestep-bias "
-            f"{config.timestep_bias}: 0 <= min <= max <= 999 and a bias above 0 are needed"
-        )
+        raise ConfigError(f"--{'out' if config.base else 'base'} is not set")
+    if config.min_timestep > (config.max_timestep or 999):
+        raise ConfigError(f"--min-timestep is {config.min_timestep}, above --max-timestep {config.max_timestep}")
     if config.stream and not config.gradient_checkpointing:
-        raise CheckpointError("--stream holds weights for one block at a time: it needs --gradient-checkpointing")
-    if config.trained_weights not in go_together(config.precision):
-        raise CheckpointError(
-            f"--trained-weights {config.trained_weights} does not go with --precision {config.precision}, only "
-            f"{' or '.join(go_together(config.precision))} does"
+        raise ConfigError("--stream holds the weights of one block at a time: it needs --gradient-checkpointing")
+    if config.trained_weights not in allowed_weight_dtypes(config.precision):
+        raise ConfigError(
+            f"--trained-weights {config.trained_weights} does not go with --precision {config.precision}; "
+            f"{' or '.join(allowed_weight_dtypes(config.precision))} does"
         )
     if config.trained_weights == "fp16" and not config.optimizer_on_cpu:
-        raise CheckpointError("--trained-weights fp16 needs --optimizer-on-cpu, which moves them in fp32; or take bf16")
+        raise ConfigError("--trained-weights fp16 needs --optimizer-on-cpu, which updates them in fp32; or use bf16")
     if config.compile and config.stream:
-        raise CheckpointError("--compile and --stream exclude each other: compiled kernels need their weights in place")
+        raise ConfigError("--compile and --stream exclude each other: compiled kernels need their weights in place")
     if config.tensorboard and not find_spec("tensorboard"):
-        raise CheckpointError("--tensorboard: the package is not there; pip install tensorboard, or leave the flag out")
+        raise ConfigError("--tensorboard: the package is not installed; pip install tensorboard, or leave the flag out")
     if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise CheckpointError(f"--device {config.device}: this PyTorch sees no GPU; --device cpu works, slowly")
+        raise ConfigError(f"--device {config.device}: this PyTorch sees no GPU; --device cpu works, slowly")
+
+
+def check_value(f: dataclasses.Field, value: Any) -> None:
+    """ConfigError unless `value` has the type of the field `f`, and is one of its choices or in its range."""
+    kind, (choices, low, high) = field_type(f.name), (f.metadata[k] for k in ("choices", "low", "high"))
+    if value is None and f.default is None:
+        return
+    fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    if not fits:
+        raise ConfigError(f"{flag_name(f.name)} is {value!r}, should be of type {kind.__name__}")
+    if choices and value not in choices:
+        raise ConfigError(f"{flag_name(f.name)} is {value!r}, should be one of {', '.join(map(str, choices))}")
+    if kind in (int, float) and not (low <= value <= high and math.isfinite(value)):
+        raise ConfigError(f"{flag_name(f.name)} is {value}, should be {in_words(low, high)}")

@@ -1,18 +1,25 @@
-"""How noise is added and how it is removed again.
+"""How noise is added to latents, and how it is removed again.
 
-Adding takes one line: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, where a_t falls from almost 1 (t=0) to almost 0
-(t=999). Removing asks the UNet, at a few timesteps from high to low, what the noise is, and steps towards the clean
-latents: DDIM (Song et al. 2020, arXiv:2010.02502) to first order, DPM-Solver++ 2M (Lu et al. 2022, arXiv:2211.01095)
-to second, which needs 10 to 20 steps where DDIM needs 20 to 50. Guidance (Ho & Salimans 2022, arXiv:2207.12598) asks
-twice, with the prompt and with the negative prompt, in one batch, and exaggerates the difference.
+Adding noise is one line: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, where a_t falls from almost 1 (t=0) to almost 0
+(t=999). Removing it asks the UNet at a few timesteps, from high to low, for the noise in x_t, and steps towards the
+clean latents. DDIM (Song et al. 2020, arXiv:2010.02502) is a first-order solver; DPM-Solver++ 2M (Lu et al. 2022,
+arXiv:2211.01095) is of second order and needs 10 to 20 steps where DDIM needs 20 to 50. Classifier-free guidance (Ho &
+Salimans 2022, arXiv:2207.12598) asks twice, with the prompt and with the negative prompt, in one batch, and
+extrapolates from the negative prediction through the prompted one.
+
+    x_T --+--> eps_model (UNet, ControlNets, guidance) --> eps --> solver step --+--> x_0
+          +------------------ once for every timestep <--------------------------+
 
     python sampler.py --model runs/demo --prompt "red circle with blue background" --hint circle.png --out samples
 """
 
 import argparse
+import dataclasses
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -21,19 +28,25 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
 import data
-import log
-import memory
-from checkpoint import CheckpointError
-from controlnet import PRECISIONS, SD15, ControlLDM, ModelConfig, computed_in, use_tf32
+from config import number
+from controlnet import ControlNet
+from ldm import PRECISIONS, SD15, ControlLDM, ModelConfig, compute_dtype_for, use_tf32
+from lowvram.process import disable_malloc_trim
+from training.records import hint_image, save_grid, to_uint8
+from weights import CheckpointError, ModelSource, load_model
+from weights.runs import is_run, load_run
 
 EpsModel = Callable[[Tensor, Tensor], Tensor]  # (x (B,4,h,w), t (B,) int64) -> eps (B,4,h,w)
 
 
-# ---------------------------------------------------------------------------------------------------------- schedule
+# ---------------------------------------------------------------------------------------------------- noise schedule
 def alphas_cumprod(config: ModelConfig = SD15, device: torch.device | str = "cpu") -> Tensor:
-    """(timesteps,) float32: how much of the signal's power is left at each timestep. Betas linear in square root."""
+    """The noise schedule of a model, (timesteps,) float32: the fraction of the signal's power at each timestep.
+
+    Betas are linear in their square roots, from `linear_start` to `linear_end`. Training, drawing and export share this
+    function.
+    """
     return _alphas(config.linear_start, config.linear_end, config.timesteps, config.zero_terminal_snr).to(device)
 
 
@@ -44,15 +57,15 @@ def _alphas(start: float, end: float, timesteps: int, zero_terminal: bool) -> Te
 
 
 def zero_terminal_snr(alphas: np.ndarray) -> np.ndarray:
-    """Stretch a schedule so that it begins where it began and ends in pure noise (Lin et al. 2023, arXiv:2305.08891,
-    algorithm 1). The last value is 2^-24, next to nothing, for solvers that divide by it."""
+    """Stretch a schedule so that it ends in pure noise and starts as before (Lin et al. 2023, arXiv:2305.08891,
+    algorithm 1). The last value is 2^-24 instead of 0, since solvers divide by it."""
     roots = np.sqrt(alphas)
     roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
     return np.maximum(roots**2, 2.0**-24)
 
 
 def q_sample(x0: Tensor, noise: Tensor, alphas: Tensor) -> Tensor:
-    """Noisy latents x_t, float32. x0, noise (B,4,h,w); alphas (B,): `alphas_cumprod` at each sample's timestep."""
+    """Noisy latents x_t, float32. x0, noise (B,4,h,w); alphas (B,): `alphas_cumprod` at the timestep of each sample."""
     a = alphas.view(-1, 1, 1, 1)
     return a.sqrt() * x0 + (1 - a).sqrt() * noise
 
@@ -64,11 +77,11 @@ def velocity(x0: Tensor, noise: Tensor, alphas: Tensor) -> Tensor:
 
 
 def ddim_timesteps(steps: int, total: int = 1000, trailing: bool = False) -> np.ndarray:
-    """`steps` distinct timesteps in 1..total-1, ascending. `trailing`: the last is total - 1, which a schedule of zero
-    terminal SNR begins to draw from.
+    """`steps` distinct timesteps in 1..total-1, ascending. `trailing`: the last one is total - 1, where a schedule with
+    zero terminal SNR has to start.
 
-    Where `steps` divides `total` they are the original's, range(0, total, total // steps) + 1. Its formula gives too
-    many values or runs past the end for other counts; those are spread evenly instead.
+    Where `steps` divides `total` the timesteps are the original's, range(0, total, total // steps) + 1. For other
+    numbers of steps the original's formula gives too many values or runs past the end; they are spread evenly instead.
     """
     if not 1 <= steps < total:
         raise ValueError(f"sampling takes 1 to {total - 1} steps, not {steps}")
@@ -80,10 +93,88 @@ def ddim_timesteps(steps: int, total: int = 1000, trailing: bool = False) -> np.
 
 
 # ----------------------------------------------------------------------------------------------------------- solvers
+@dataclass(frozen=True)
+class SolverStep:
+    """What a solver knows when it steps from one timestep to the next lower one."""
+
+    x: Tensor  # (B,4,h,w), the noisy latents at this timestep
+    eps: Tensor  # the predicted noise in x
+    x0: Tensor  # the clean latents that eps implies
+    alpha: float  # `alphas_cumprod` at this timestep
+    alpha_next: float  # and at the next one
+    last: bool  # the next timestep is the end
+    previous: "SolverStep | None"  # the step before, for multistep solvers
+    eta: float  # 0: deterministic, 1: as random as DDPM; for solvers that draw noise
+    noise: Callable[[], Tensor]  # draws standard normal noise of the shape of x
+
+
+def ddim_step(step: SolverStep) -> Tensor:
+    """DDIM: go to alpha_next along the predicted noise; with eta > 0 a part of it is fresh noise."""
+    a, a_next = step.alpha, step.alpha_next
+    sigma = step.eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))
+    x = math.sqrt(a_next) * step.x0 + math.sqrt(max(0.0, 1 - a_next - sigma**2)) * step.eps
+    return x + sigma * step.noise() if sigma > 0 else x
+
+
+def dpmpp_2m_step(step: SolverStep) -> Tensor:
+    """DPM-Solver++ (2M): a second-order step in the log signal-to-noise ratio, from this x0 and the one before.
+
+    The first step and the last one, which is long in that ratio, are of first order.
+    """
+    log_snr = lambda a: 0.5 * (math.log(a) - math.log1p(-a))  # log(sqrt(a) / sqrt(1-a))
+    lam, h = log_snr(step.alpha), log_snr(step.alpha_next) - log_snr(step.alpha)
+    direction = step.x0
+    if step.previous and not step.last:
+        direction = step.x0 + h / (2 * (lam - log_snr(step.previous.alpha))) * (step.x0 - step.previous.x0)
+    scale = math.sqrt((1 - step.alpha_next) / (1 - step.alpha))
+    return scale * step.x - math.sqrt(step.alpha_next) * math.expm1(-h) * direction
+
+
+SOLVERS: dict[str, Callable[[SolverStep], Tensor]] = {"ddim": ddim_step, "dpm": dpmpp_2m_step}
+
+
+def denoise(
+    solver: str, eps_model: EpsModel, x_T: Tensor, steps: int, alphas: Tensor | None = None, eta: float = 0.0,
+    generators: Sequence[torch.Generator] | None = None, progress: Callable[[Iterable], Iterable] = iter,
+    trailing: bool = False,
+) -> Tensor:  # fmt: skip
+    """Denoise x_T (B,4,h,w), standard normal, in `steps` steps of a solver of SOLVERS. Returns latents (B,4,h,w).
+
+    `alphas`: the noise schedule, Stable Diffusion's by default. `eta`: see SolverStep; the noise comes from
+    `generators`, one a sample, on the CPU. `progress` wraps the list of steps (tqdm). `trailing`: see
+    `ddim_timesteps`. The last step ends at alphas[0].
+    """
+    alphas = (alphas_cumprod() if alphas is None else alphas).cpu().double()
+    timesteps = ddim_timesteps(steps, len(alphas), trailing)
+    x, previous = x_T, None
+    for i in progress(range(steps - 1, -1, -1)):
+        t = int(timesteps[i])
+        alpha, alpha_next = float(alphas[t]), float(alphas[timesteps[i - 1]] if i > 0 else alphas[0])
+        eps = eps_model(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device))
+        x0 = (x - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha)
+        noise = lambda: _noise(x_T.shape, generators).to(x_T)
+        step = SolverStep(x, eps, x0, alpha, alpha_next, i == 0, previous, eta, noise)
+        x = SOLVERS[solver](step)
+        previous = dataclasses.replace(step, previous=None)  # one step back is enough, and keeps no others alive
+    return x
+
+
+def ddim(eps_model: EpsModel, x_T: Tensor, steps: int, **settings: object) -> Tensor:
+    """`denoise` by DDIM."""
+    return denoise("ddim", eps_model, x_T, steps, **settings)
+
+
+def dpmpp_2m(eps_model: EpsModel, x_T: Tensor, steps: int, **settings: object) -> Tensor:
+    """`denoise` by DPM-Solver++ (2M)."""
+    return denoise("dpm", eps_model, x_T, steps, **settings)
+
+
 def starting_noise(shape: Sequence[int], seed: int, first: int = 0) -> tuple[Tensor, list[torch.Generator]]:
-    """Standard normal noise of `shape` (B,4,h,w) for images first, first + 1, ... of a seed, and the generators that
-    can go on: what image i gets depends on (seed, i) alone, not on how many are drawn at once."""
-    generators = [torch.Generator().manual_seed(data.mix("image", seed, first + i)) for i in range(shape[0])]
+    """Standard normal noise (B,4,h,w) for the images first, first + 1, ... of a seed, and the generators to draw more.
+
+    The noise of image i is a function of (seed, i), however many images are drawn at once.
+    """
+    generators = [torch.Generator().manual_seed(data.derive_seed("image", seed, first + i)) for i in range(shape[0])]
     return _noise(shape, generators), generators
 
 
@@ -93,113 +184,54 @@ def _noise(shape: Sequence[int], generators: Sequence[torch.Generator] | None) -
     return torch.stack([torch.randn(shape[1:], generator=g) for g in generators])
 
 
-def ddim(
-    eps_model: EpsModel,
-    x_T: Tensor,
-    steps: int,
-    eta: float = 0.0,
-    alphas: Tensor | None = None,
-    generators: Sequence[torch.Generator] | None = None,
-    progress: Callable[[Iterable], Iterable] = iter,
-    trailing: bool = False,
-) -> Tensor:
-    """Denoise x_T (B,4,h,w), standard normal, in `steps` steps; returns latents of the same shape.
-
-    `eta` 0 is deterministic, 1 is as random as DDPM (noise from `generators`, one a sample, on the CPU). `alphas`: the
-    schedule, Stable Diffusion's by default. `progress` wraps the list of steps (tqdm). `trailing`: see
-    `ddim_timesteps`. The last step ends at alphas[0].
-    """
-    alphas = (alphas_cumprod() if alphas is None else alphas).cpu().double()
-    timesteps = ddim_timesteps(steps, len(alphas), trailing)
-    x = x_T
-    for i in progress(range(steps - 1, -1, -1)):
-        t = int(timesteps[i])
-        a, a_prev = float(alphas[t]), float(alphas[timesteps[i - 1]] if i > 0 else alphas[0])
-        eps = eps_model(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device))
-        sigma = eta * math.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))
-        x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
-        x = math.sqrt(a_prev) * x0 + math.sqrt(max(0.0, 1 - a_prev - sigma**2)) * eps
-        if sigma > 0:
-            x = x + sigma * _noise(x.shape, generators).to(x)
-    return x
-
-
-def dpm_solver(
-    eps_model: EpsModel,
-    x_T: Tensor,
-    steps: int,
-    alphas: Tensor | None = None,
-    progress: Callable[[Iterable], Iterable] = iter,
-    trailing: bool = False,
-) -> Tensor:
-    """DPM-Solver++ (2M): as `ddim`, with a second-order step in the log signal-to-noise ratio; deterministic.
-
-    The first step and the last, which is a long one in that ratio, are of first order.
-    """
-    alphas = (alphas_cumprod() if alphas is None else alphas).cpu().double()
-    timesteps = ddim_timesteps(steps, len(alphas), trailing)
-    x, x0_before, lam_before = x_T, None, 0.0
-    log_snr = lambda a: 0.5 * (math.log(a) - math.log1p(-a))  # log(sqrt(a) / sqrt(1-a))
-    for i in progress(range(steps - 1, -1, -1)):
-        t = int(timesteps[i])
-        a, a_next = float(alphas[t]), float(alphas[timesteps[i - 1]] if i > 0 else alphas[0])
-        lam, lam_next = log_snr(a), log_snr(a_next)
-        eps = eps_model(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device))
-        x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
-        step = lam_next - lam
-        direction = x0
-        if x0_before is not None and i > 0:
-            direction = x0 + step / (2 * (lam - lam_before)) * (x0 - x0_before)
-        x = math.sqrt((1 - a_next) / (1 - a)) * x - math.sqrt(a_next) * math.expm1(-step) * direction
-        x0_before, lam_before = x0, lam
-    return x
-
-
 # ---------------------------------------------------------------------------------------------------------- guidance
-def guided(
+@dataclass(frozen=True)
+class Control:
+    """A ControlNet with its hint, as guidance takes a list of them."""
+
+    net: ControlNet
+    hint: Tensor  # (B,C,8h,8w) in [0,1]
+    strength: float = 1.0  # multiplies all residuals
+    start: float = 0.0  # fraction of the way from noise to image at which control begins
+    end: float = 1.0  # and at which it ends
+
+
+def make_cfg_model(
     model: ControlLDM,
     context: Tensor,
     negative: Tensor,
-    hint: Tensor | None = None,
+    controls: Sequence[Control] = (),
     scale: float = 9.0,
-    strength: float = 1.0,
     guess_mode: bool = False,
-    start: float = 0.0,
-    end: float = 1.0,
-    only_mid_control: bool = False,
 ) -> EpsModel:
-    """The eps model that a solver calls: model, prompts, hint and guidance in one function.
+    """The function that a solver calls for the noise: UNet, prompts, ControlNets and classifier-free guidance in one.
 
-    context, negative (B,77,D): the prompts and the negative prompts; hint (B,C,8h,8w) in [0,1] or None.
+    context, negative (B,77,D): the prompts and the negative prompts. The residuals of several ControlNets are added.
     eps = negative + scale * (prompted - negative), both computed in one batch; at scale 1 the prompted one alone.
-    `strength` multiplies all residuals. `guess_mode` leaves the hint out of the negative half and scales residual i of
-    13 by strength * 0.825**(12-i), so that the hint can do without a prompt. Control is on from fraction `start` to
-    fraction `end` of the way from noise to image.
+    `guess_mode` leaves the hints out of the negative half and multiplies residual i of 13 by 0.825**(12-i), so that the
+    hint can do without a prompt.
     """
     alphas = alphas_cumprod(model.config, model.device)
     two = scale != 1.0
     both = torch.cat([context, negative]) if two else context
-    control_model = model.control_model if hint is not None else None
-    guided_by = control_model.read_hint(hint) if control_model else None  # once for all steps
+    double = two and not guess_mode  # the ControlNets see both halves
+    twice = lambda x: torch.cat([x, x])
+    embeddings = [control.net.embed_hint(control.hint) for control in controls]  # once for all steps
 
     def residuals(x: Tensor, t: Tensor) -> list[Tensor] | None:
         done = 1 - t[0].item() / len(alphas)
-        if control_model is None or not start <= done <= end:
-            return None
-        double = two and not guess_mode
-        x, t = (torch.cat([x, x]), torch.cat([t, t])) if double else (x, t)
-        read = torch.cat([guided_by, guided_by]) if double else guided_by
-        control = control_model.residuals(x, read, t, both if double else context, only_mid_control)
-        last = len(control_model.zero_convs)  # 12: the residual of the middle block
-        first = last - len(control) + 1
-        control = [
-            r * (strength * 0.825 ** (last - i) if guess_mode else strength) for i, r in enumerate(control, first)
-        ]
-        return [torch.cat([r, torch.zeros_like(r)]) for r in control] if two and guess_mode else control
+        x, t = (twice(x), twice(t)) if double else (x, t)
+        total = []
+        for control, embedding in zip(controls, embeddings, strict=True):
+            if control.start <= done <= control.end:
+                embedding = twice(embedding) if double else embedding
+                found = control.net.residuals(x, embedding, t, both if double else context)
+                total = add_residuals(total, scale_residuals(found, control, guess_mode))
+        return [torch.cat([r, torch.zeros_like(r)]) for r in total] if two and guess_mode else total
 
     def eps_model(x: Tensor, t: Tensor) -> Tensor:
-        x2, t2 = (torch.cat([x, x]), torch.cat([t, t])) if two else (x, t)
-        out = model.unet(x2, t2, both, residuals(x, t), only_mid_control).to(x.dtype)
+        x2, t2 = (twice(x), twice(t)) if two else (x, t)
+        out = model.unet(x2, t2, both, control=residuals(x, t)).to(x.dtype)
         if model.config.prediction == "v":
             a = alphas[t2].view(-1, 1, 1, 1)
             out = a.sqrt() * out + (1 - a).sqrt() * x2
@@ -211,117 +243,139 @@ def guided(
     return eps_model
 
 
+def scale_residuals(residuals: list[Tensor], control: Control, guess_mode: bool) -> list[Tensor]:
+    """The residuals of a ControlNet times its strength; in guess mode the shallow ones are weakened."""
+    last = len(control.net.zero_convs)  # 12: the number of the middle block's residual
+    first = last - len(residuals) + 1
+    weaken = lambda i: 0.825 ** (last - i) if guess_mode else 1.0
+    return [r * (control.strength * weaken(i)) for i, r in enumerate(residuals, first)]
+
+
+def add_residuals(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+    """The sum of two lists of residuals; a list of the middle block's residual alone is added to the last of the other
+    list."""
+    sums = [y if x is None else x if y is None else x + y for x, y in zip_longest(reversed(a), reversed(b))]
+    return sums[::-1]
+
+
+# ----------------------------------------------------------------------------------------------------------- drawing
+@dataclass(frozen=True)
+class Sampling:
+    """How images are drawn."""
+
+    steps: int = 20
+    solver: str = "ddim"
+    eta: float = 0.0
+    scale: float | None = None  # guidance; None: the model's own
+    guess_mode: bool = False
+    seed: int = 0
+
+
 @torch.no_grad()
 def sample(
     model: ControlLDM,
     context: Tensor,
     negative: Tensor,
-    hint: Tensor | None,
+    controls: Sequence[Control],
     size: tuple[int, int],
-    steps: int = 20,
-    scale: float | None = None,
-    seed: int = 0,
+    settings: Sampling = Sampling(),
     first: int = 0,
-    solver: str = "ddim",
-    eta: float = 0.0,
     progress: Callable[[Iterable], Iterable] = iter,
-    **control: float | bool,
 ) -> Tensor:
-    """Draw a batch of images: latents (B,4,height/8,width/8), scaled; `model.decode` paints them.
+    """Draw a batch of images. Returns scaled latents (B,4,height/8,width/8), which `model.decode` turns into images.
 
-    context, negative (B,77,D); hint (B,C,height,width) in [0,1] or None; size (width, height), multiples of
-    `model.config.multiple`; `scale` None is the model's own; `first` is the number of the batch's first image (see
-    `starting_noise`); `control` are the settings of `guided`.
+    context, negative (B,77,D); size (width, height), multiples of `model.config.multiple`; `first`: the number of the
+    batch's first image (see `starting_noise`).
     """
     width, height = size
     shape = (len(context), model.config.unet.in_channels, height // model.vae.factor, width // model.vae.factor)
-    x, generators = starting_noise(shape, seed, first)
-    scale = model.config.guidance if scale is None else scale
-    hint = None if hint is None else hint.to(model.device)
-    eps_model = guided(model, context, negative, hint, scale, **control)
-    alphas, trailing = alphas_cumprod(model.config), model.config.zero_terminal_snr
-    if solver == "dpm":
-        return dpm_solver(eps_model, x.to(model.device), steps, alphas, progress, trailing)
-    return ddim(eps_model, x.to(model.device), steps, eta, alphas, generators, progress, trailing)
+    x, generators = starting_noise(shape, settings.seed, first)
+    scale = model.config.guidance if settings.scale is None else settings.scale
+    eps_model = make_cfg_model(model, context, negative, controls, scale, settings.guess_mode)
+    return denoise(
+        settings.solver, eps_model, x.to(model.device), settings.steps, alphas_cumprod(model.config), settings.eta,
+        generators, progress, model.config.zero_terminal_snr,
+    )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------- CLI
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Draw images with a trained ControlNet (or a plain Stable Diffusion model).",
+        description="Draw images with a trained ControlNet (or with a Stable Diffusion model alone).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
-    add("--model", required=True, help="the folder of a training run, or a Stable Diffusion file or diffusers folder")
-    add("--base", help="with a run: another base file than the one it was trained on, or where that is now")
-    add("--control", help="with a Stable Diffusion file: a ControlNet's file or folder to steer it with")
-    add("--vae", help="a VAE's file or folder to take for the model's")
-    add("--ema", action="store_true", help="take the UNet's moving average (model_ema.*) for its weights")
-    add("--clip-skip", type=int, help="2 leaves out the text tower's last layer, as some SD 1.x models want")
-    add("--prompt", required=True, help="what to draw")
+    add, count, fraction = parser.add_argument, number(int, 1), number(float, 0, 1)
+    add("--model", required=True, help="folder of a training run, Stable Diffusion file, or diffusers folder")
+    add("--base", default="", help="with a run: another base model than its own, or where that is now")
+    add("--control", default="", help="with a Stable Diffusion file: file or folder of a ControlNet")
+    add("--vae", default="", help="file or folder of a VAE that replaces the model's")
+    add("--ema", action="store_true", help="use the moving average of the base's UNet (model_ema.*)")
+    add("--clip-skip", type=count, help="2 leaves out the last layer of the text encoder")
+    add("--prompt", required=True, help="what the images show")
     add("--negative-prompt", default="", help="what guidance leads away from")
-    add("--hint", help="the hint image (.png, .jpg, ...; .npy for other than 1, 3 or 4 channels); none: no control")
-    add("--num", type=int, default=4, help="how many images")
-    add("--batch-size", type=int, default=4, help="how many at once")
-    add("--steps", type=int, default=20, help="denoising steps")
-    add("--solver", choices=("ddim", "dpm"), default="ddim", help="dpm (DPM-Solver++ 2M) needs fewer steps")
-    add("--eta", type=float, default=0.0, help="ddim's randomness: 0 none, 1 as DDPM")
-    add("--scale", type=float, help="guidance scale, 1 turns it off (default: what suits the model, 9 for SD)")
-    add("--strength", type=float, default=1.0, help="control strength, 0 turns it off")
+    add("--hint", help="hint image (.png, .jpg, ...; .npy for other than 1, 3 or 4 channels); without it no control")
+    add("--num", type=count, default=4, help="number of images")
+    add("--batch-size", type=count, default=4, help="images drawn at once")
+    add("--steps", type=number(int, 1, 999), default=20, help="denoising steps")
+    add("--solver", choices=tuple(SOLVERS), default="ddim", help="dpm (DPM-Solver++ 2M) needs fewer steps")
+    add("--eta", type=fraction, default=0.0, help="fresh noise in each DDIM step: 0 none, 1 as much as DDPM")
+    add("--scale", type=number(float, 0), help="guidance scale, 1 for no guidance (default: the model's own, 9 for SD)")
+    add("--strength", type=number(float), default=1.0, help="factor of the ControlNet's residuals, 0 for no control")
     add("--guess-mode", action="store_true", help="let the hint lead, with little or no prompt")
-    add("--control-start", type=float, default=0.0, help="fraction of the way at which control begins")
-    add("--control-end", type=float, default=1.0, help="fraction of the way at which control ends")
+    add("--control-start", type=fraction, default=0.0, help="fraction of the steps at which control begins")
+    add("--control-end", type=fraction, default=1.0, help="fraction of the steps at which control ends")
     add("--only-mid-control", action=argparse.BooleanOptionalAction, default=None,
-        help="use the middle block's residual alone (default: as the run was trained)")  # fmt: skip
-    add("--resolution", help="size of the images, N or WxH (default: the hint's)")
-    add("--hint-resample", choices=tuple(data.RESAMPLE), help="nearest: for label maps (default: as the run, or area)")
-    add(
-        "--prediction",
-        choices=("auto", "eps", "v"),
-        default="auto",
-        help="v for SD 2.1 at 768 px, which the file cannot tell",
-    )
-    add("--seed", type=int, default=0, help="the same seed draws the same images")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
-    add("--precision", choices=tuple(PRECISIONS), default="fp32", help="of the weights")
+        help="use the residual of the middle block alone (default: as the run was trained)")  # fmt: skip
+    add("--resolution", default="", help="size of the images, N or WxH (default: the hint's)")
+    add("--hint-resample", choices=tuple(data.RESAMPLE),
+        help="filter that resizes the hint; nearest is for label maps (default: as the run, or area)")  # fmt: skip
+    add("--prediction", choices=("auto", "eps", "v"), default="auto",
+        help="what the UNet predicts; SD 2.1 at 768 px needs v, which its file does not say")  # fmt: skip
+    add("--seed", type=int, default=0, help="equal seeds draw equal images")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device that computes")
+    add("--precision", choices=tuple(PRECISIONS), default="fp32", help="number format of weights and computation")
     add("--out", default="samples", help="folder for 0000.png, ... and grid.png")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    run = checkpoint.load_run(args.model) if checkpoint.is_run(args.model) else {}
-    model = ControlLDM.from_file(
-        args.model, prediction=args.prediction, base=args.base, control=args.control, vae=args.vae, ema=args.ema,
-        clip_skip=args.clip_skip,
+    run = load_run(args.model) if is_run(args.model) else {}
+    model = load_model(
+        ModelSource(
+            args.model, base=args.base, control=args.control, vae=args.vae, ema=args.ema, prediction=args.prediction,
+            clip_skip=args.clip_skip,
+        )
     )  # fmt: skip
     use_tf32(args.precision == "tf32")
-    memory.keep_freed()
-    model.to(args.device, computed_in(args.precision, args.device))
+    disable_malloc_trim()
+    model.to(args.device, compute_dtype_for(args.precision, args.device))
     hint = None
     if args.hint:
         if model.control_model is None:
-            raise CheckpointError(
-                f"{args.model}: no ControlNet in it, so a hint has no effect; attach or train one first"
-            )
+            raise CheckpointError(f"{args.model}: has no ControlNet, so a hint has no effect; --control FILE gives one")
         hint = data.read_image(args.hint, model.control_model.hint_channels)
-    if args.resolution:
-        wanted = data.parse_resolution(args.resolution)
-    else:
-        wanted = (hint.shape[1], hint.shape[0]) if hint is not None else (model.config.resolution,) * 2
-    size = data.fit_size(wanted, model.config.multiple)
-    if size != wanted:
-        multiple = model.config.multiple
-        print(f"{wanted[0]}x{wanted[1]} becomes {size[0]}x{size[1]}: this UNet needs sides that {multiple} divides")
+        if args.only_mid_control is not None:
+            model.control_model.only_mid_control = args.only_mid_control
+    native = hint.shape[1::-1] if hint is not None else (model.config.resolution,) * 2
+    size = data.choose_size(args.resolution, native, model.config.multiple)
     if hint is not None:
         hint = data.resize(hint, size, data.RESAMPLE[args.hint_resample or run.get("hint_resample", "area")])
         hint = data.to_tensor(hint.astype(np.float32) / 255)
-    only_mid = run.get("only_mid_control", False) if args.only_mid_control is None else args.only_mid_control
+    images = draw(args, model, hint, size)
+    columns = {"hint": [hint_image(hint)]} if hint is not None else {}
+    save_grid(Path(args.out) / "grid.png", columns | {f"{i:04d}": [im] for i, im in enumerate(images)}, [args.prompt])
+    print(f"{len(images)} images and grid.png in {args.out}")
 
+
+@torch.no_grad()
+def draw(args: argparse.Namespace, model: ControlLDM, hint: Tensor | None, size: tuple[int, int]) -> list[np.ndarray]:
+    """Draw the images that the command line asks for and save each when it is finished. hint (C,H,W) in [0,1]."""
     out, images = Path(args.out), []
     out.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad(), tqdm(total=args.num * args.steps, desc="drawing", unit="step", disable=None) as bar:
-        context, negative = model.encode_prompts([args.prompt, args.negative_prompt]).split(1)
+    settings = Sampling(args.steps, args.solver, args.eta, args.scale, args.guess_mode, args.seed)
+    context, negative = model.encode_prompts([args.prompt, args.negative_prompt]).split(1)
+    with tqdm(total=args.num * args.steps, desc="drawing", unit="step", disable=None) as bar:
         for first in range(0, args.num, args.batch_size):
             count = min(args.batch_size, args.num - first)
             each = lambda x: x.expand(count, *x.shape[1:])  # noqa: B023
@@ -331,18 +385,17 @@ def main(argv: list[str] | None = None) -> None:
                     yield step
                     bar.update(count)  # noqa: B023
 
-            latents = sample(
-                model, each(context), each(negative), None if hint is None else each(hint[None]), size,
-                args.steps, args.scale, args.seed, first, args.solver, args.eta, progress,
-                strength=args.strength, guess_mode=args.guess_mode, start=args.control_start, end=args.control_end,
-                only_mid_control=only_mid,
-            )  # fmt: skip
-            for i, image in enumerate(log.to_uint8(model.decode(latents)), first):
+            controls = []
+            if hint is not None:
+                batch_hint = each(hint[None].to(model.device))
+                controls = [
+                    Control(model.control_model, batch_hint, args.strength, args.control_start, args.control_end)
+                ]
+            latents = sample(model, each(context), each(negative), controls, size, settings, first, progress)
+            for i, image in enumerate(to_uint8(model.decode(latents)), first):
                 Image.fromarray(image).save(out / f"{i:04d}.png")
                 images.append(image)
-    columns = {"hint": [log.hint_image(hint)]} if hint is not None else {}
-    log.save_grid(out / "grid.png", columns | {f"{i:04d}": [im] for i, im in enumerate(images)}, [args.prompt])
-    print(f"{len(images)} images and grid.png in {out}")
+    return images
 
 
 if __name__ == "__main__":

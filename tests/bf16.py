@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import controlnet
-import engine
-import plan
+import ldm
+import lowvram.estimate
 import train
+import training.setup
 
 aten = torch.ops.aten
 PRODUCTS = {
@@ -44,8 +44,8 @@ class TensorCores(TorchDispatchMode):
 
 
 def main(argv: list[str] | None = None) -> None:
-    for module in (engine, plan, train):
-        module.computed_in = lambda name, device: controlnet.PRECISIONS[name]
+    for module in (lowvram.estimate, train, training.setup):
+        module.compute_dtype_for = lambda name, device: ldm.PRECISIONS[name]
     with TensorCores():
         train.main(argv)
 

@@ -9,9 +9,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import checkpoint
-import circles
-from controlnet import TINY, ControlLDM
+from ldm import TINY, ControlLDM
+from toy import circles
+from weights.writing import save_safetensors
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -43,7 +43,7 @@ def base(tmp_path_factory) -> Path:
         for p in model.unet.parameters():
             if not p.any():  # what starts at zero in a new UNet does not in a trained one
                 torch.nn.init.normal_(p, std=0.05)
-    checkpoint.save_safetensors(path, model.state_dict(), {"config": TINY.to_json()})
+    save_safetensors(path, model.state_dict(), {"config": TINY.to_json()})
     return path
 
 

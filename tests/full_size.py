@@ -25,12 +25,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint
-import circles
-import log
-from controlnet import ControlLDM
 from tests.conftest import distance
 from tests.golden.fill import fill
+from toy import circles
+from training.records import read_metrics
+from weights import ModelSource, load_model, load_state_dict
+from weights.writing import save_pickle, save_safetensors
 
 GOLDEN = ROOT / "tests" / "golden"
 PARTS = ("attach", "exchange", "step")
@@ -69,7 +69,7 @@ def write_base(model: str, path: Path) -> None:
     tensors = {k: fill(k, shape, 0.5).reshape(shape) for k, shape in shapes.items()}
     unet = [k for k in tensors if k.startswith("model.")]
     tensors |= {"model_ema." + k.removeprefix("model.").replace(".", ""): tensors[k].clone() for k in unet}
-    checkpoint.save_pickle(path, tensors)
+    save_pickle(path, tensors)
 
 
 def attach(model: str, work: Path) -> None:
@@ -83,14 +83,14 @@ def attach(model: str, work: Path) -> None:
         f"{model} attach: {base.stat().st_size / 1e9:.2f} GB in, {merged.stat().st_size / 1e9:.2f} GB out, "
         f"{seconds:.0f} s, private memory at most {private:.2f} GiB (resident, with mapped pages, {resident:.1f} GiB)"
     )
-    state = checkpoint.load_state_dict(merged)
+    state = load_state_dict(merged)
     shapes = {k: list(v.shape) for k, v in state.items() if not k.startswith("model_ema.")}
     wanted = inventory(model)
     buffers = {k for k in wanted if "." not in k}  # the schedule's twelve, which the file that we wrote has not
     assert shapes == {k: v for k, v in wanted.items() if k not in buffers}, "keys or shapes differ from the inventory"
     print(f"{model} keys: {len(shapes)} keys and shapes as in the inventory", flush=True)
     start = time.time()
-    ControlLDM.from_file(merged, prediction="eps")
+    load_model(ModelSource(merged, prediction="eps"))
     print(f"{model} load: {time.time() - start:.0f} s", flush=True)
 
 
@@ -101,15 +101,15 @@ def exchange(model: str, work: Path) -> None:
     import transformers
 
     merged, folder = work / f"{model}_control.safetensors", work / f"{model}_folder"
-    state = checkpoint.load_state_dict(merged)
+    state = load_state_dict(merged)
     for key in state:  # zero convolutions would hide what comes before them
         if key.startswith("control_model.") and not state[key].any():
             state[key] = fill(key, tuple(state[key].shape), 0.5)
-    checkpoint.save_safetensors(merged.with_stem(f"{model}_filled"), state)
+    save_safetensors(merged.with_stem(f"{model}_filled"), state)
     merged = merged.with_stem(f"{model}_filled")
     seconds, _, private = run("merge.py", "export", merged, folder, "--force", "--prediction", "eps")
     print(f"{model} export: {seconds:.0f} s, private memory at most {private:.2f} GiB", flush=True)
-    ours = ControlLDM.from_file(merged, prediction="eps")
+    ours = load_model(ModelSource(merged, prediction="eps"))
     x, t, hint = torch.randn(1, 4, 16, 16), torch.tensor([321]), torch.rand(1, 3, 128, 128)
     prompt = "a photograph of an astronaut riding a horse"
     text = transformers.CLIPTextModel.from_pretrained(folder / "text_encoder")
@@ -133,7 +133,7 @@ def exchange(model: str, work: Path) -> None:
     print(f"{model} exchange: relative distance to diffusers {diffusers.__version__}, transformers "
           f"{transformers.__version__}: {said}", flush=True)  # fmt: skip
     assert max(far.values()) < 1e-4
-    again = checkpoint.load_state_dict(folder)
+    again = load_state_dict(folder)
     same = sum(torch.equal(v, state[k]) for k, v in again.items())
     assert same == len(again), "a tensor did not come back from the folder as it was"
     print(f"{model} back: all {same} tensors of the folder equal the file's", flush=True)
@@ -150,7 +150,7 @@ def step(model: str, work: Path, precisions: list[str], resolution: int, steps: 
                  "--overwrite", "--steps", steps, "--batch-size", 1, "--logger-freq", 0, "--precision", precision,
                  "--prediction", "eps"]  # fmt: skip
         seconds, resident, private = run("train.py", *flags)
-        each = [1 / entry["images_per_second"] for entry in log.read_metrics(folder)][1:]
+        each = [1 / entry["images_per_second"] for entry in read_metrics(folder)][1:]
         print(
             f"{model} step: {resolution} px, batch 1, {precision}: {statistics.median(each):.2f} s "
             f"({min(each):.2f} to {max(each):.2f}, {len(each)} steps), peak {private:.1f} GiB private, "

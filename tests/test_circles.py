@@ -3,9 +3,9 @@
 import numpy as np
 from PIL import Image
 
-import circles
-from circles import COLORS, Circle, measure
-from data import Fill50K
+from data import FolderDataset
+from toy import circles
+from toy.circles import COLORS, Circle, measure
 
 
 def test_colors():
@@ -25,7 +25,7 @@ def test_same_seed_same_files(tmp_path):
     assert circles.random_circle(5, 0) != circles.random_circle(4, 0)
     with Image.open(tmp_path / "a/source/0.png") as hint:
         assert (np.asarray(hint) > 0).mean() < 0.3  # a thin line
-    assert Fill50K(tmp_path / "a")[0]["txt"].endswith("background")
+    assert FolderDataset(tmp_path / "a")[0]["txt"].endswith("background")
 
 
 def test_measure():

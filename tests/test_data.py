@@ -1,5 +1,6 @@
 """Data sets: what is read and what is refused; the cache; samples as functions of their number."""
 
+import csv
 import json
 
 import numpy as np
@@ -7,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-import circles
 import data
-from data import DataError, Fill50K, Triples
+from data import ArrayDataset, DataError, FolderDataset
+from toy import circles
 
 
 def picture(path, width, height, value=128):
@@ -27,7 +28,7 @@ def row(i, prompt="p"):
 
 
 def test_items_have_the_tutorials_ranges_and_shapes(folder):
-    dataset = Fill50K(folder)
+    dataset = FolderDataset(folder)
     item = dataset[3]
     circle = circles.random_circle(3, 3)
     hint, target = circle.draw(32)
@@ -38,17 +39,17 @@ def test_items_have_the_tutorials_ranges_and_shapes(folder):
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_hint_channels(folder, channels):
-    assert Fill50K(folder, hint_channels=channels)[0]["hint"].shape == (32, 32, channels)
+    assert FolderDataset(folder, hint_channels=channels)[0]["hint"].shape == (32, 32, channels)
 
 
 def test_hints_of_any_channels_from_npy(tmp_path):
     write(tmp_path, {"source": "h.npy", "target": "t.png", "prompt": "p"})
     np.save(tmp_path / "h.npy", np.random.rand(40, 60, 7).astype(np.float32))
     picture(tmp_path / "t.png", 60, 40)
-    assert Fill50K(tmp_path, size=(64, 32), hint_channels=7)[0]["hint"].shape == (32, 64, 7)
+    assert FolderDataset(tmp_path, size=(64, 32), hint_channels=7)[0]["hint"].shape == (32, 64, 7)
     assert data.check(str(tmp_path)) == (1, [])
     with pytest.raises(DataError, match=r"should be \(height, width, 3\)"):
-        Fill50K(tmp_path)[0]
+        FolderDataset(tmp_path)[0]
 
 
 def test_resize_cuts_the_same_middle_from_both(tmp_path):
@@ -61,7 +62,7 @@ def test_resize_cuts_the_same_middle_from_both(tmp_path):
         Image.fromarray(stripes).resize((80 * scale, 40 * scale), Image.Resampling.NEAREST).save(
             tmp_path / side / "0.png"
         )
-    item = Fill50K(tmp_path, size=(32, 32))[0]
+    item = FolderDataset(tmp_path, size=(32, 32))[0]
     assert item["jpg"].shape == item["hint"].shape == (32, 32, 3)
     assert item["jpg"].min() > 0.9 and item["hint"].min() > 0.9
 
@@ -72,8 +73,8 @@ def test_nearest_keeps_labels(tmp_path):
     for side in ("source", "target"):
         (tmp_path / side).mkdir()
         Image.fromarray(labels).save(tmp_path / side / "0.png")
-    assert set(np.unique(Fill50K(tmp_path, (24, 24), hint_resample="nearest")[0]["hint"])) == {0.0, 1.0}
-    assert len(np.unique(Fill50K(tmp_path, (24, 24))[0]["hint"])) > 2
+    assert set(np.unique(FolderDataset(tmp_path, (24, 24), hint_resample="nearest")[0]["hint"])) == {0.0, 1.0}
+    assert len(np.unique(FolderDataset(tmp_path, (24, 24))[0]["hint"])) > 2
 
 
 def test_check_reports_every_problem_at_once(tmp_path, capsys):
@@ -112,15 +113,20 @@ def test_bad_rows_stop_training_early_and_empty_prompts_do_not(tmp_path):
     write(tmp_path, row(0, prompt=""))
     picture(tmp_path / "source/0.png", 8, 8)
     picture(tmp_path / "target/0.png", 8, 8)
-    assert Fill50K(tmp_path)[0]["txt"] == ""
+    assert FolderDataset(tmp_path)[0]["txt"] == ""
     write(tmp_path, row(0), "x", "y")
     with pytest.raises(DataError, match="line 2: not JSON.*and 1 more"):
-        Fill50K(tmp_path)
+        FolderDataset(tmp_path)
 
 
 def test_show_prints_what_the_tutorial_prints(folder, tmp_path, capsys):
     data.main(["show", str(folder), "5", "--out", str(tmp_path / "pair.png")])
-    assert capsys.readouterr().out.splitlines()[:4] == ["24", Fill50K(folder).prompt(5), "(32, 32, 3)", "(32, 32, 3)"]
+    assert capsys.readouterr().out.splitlines()[:4] == [
+        "24",
+        FolderDataset(folder).prompt(5),
+        "(32, 32, 3)",
+        "(32, 32, 3)",
+    ]
     with Image.open(tmp_path / "pair.png") as image:
         assert image.size == (64, 32)
     with pytest.raises(DataError, match="rows 0..23"):
@@ -129,7 +135,7 @@ def test_show_prints_what_the_tutorial_prints(folder, tmp_path, capsys):
 
 def test_own_data_sets_are_checked():
     good = {"jpg": np.zeros((48, 48, 3), np.float32), "txt": "p", "hint": np.zeros((48, 48, 3), np.float32)}
-    assert Triples([good], (32, 32))[0]["jpg"].shape == (32, 32, 3)
+    assert ArrayDataset([good], (32, 32))[0]["jpg"].shape == (32, 32, 3)
     cases = {
         "lacks 'hint'": {k: v for k, v in good.items() if k != "hint"},
         r"should be \(height, width, 3\)": good | {"jpg": np.zeros((3, 48, 48), np.float32)},
@@ -139,7 +145,7 @@ def test_own_data_sets_are_checked():
     }
     for message, item in cases.items():
         with pytest.raises(DataError, match=f"item 1 .*{message}"):
-            Triples([good, item], (32, 32))[1]
+            ArrayDataset([good, item], (32, 32))[1]
 
 
 def test_sizes():
@@ -148,24 +154,24 @@ def test_sizes():
         with pytest.raises(DataError):
             data.parse_resolution(bad)
     assert data.fit_size((90, 20), 32) == (96, 32)
-    assert data.same_shape((512, 512), (90, 90)) and data.same_shape((1000, 667), (500, 333))
-    assert not data.same_shape((64, 64), (64, 48))
+    assert data.same_aspect((512, 512), (90, 90)) and data.same_aspect((1000, 667), (500, 333))
+    assert not data.same_aspect((64, 64), (64, 48))
 
 
 def test_keys_follow_the_content(tmp_path):
     write(tmp_path, row(0))
     for side in ("source", "target"):
         picture(tmp_path / side / "0.png", 16, 16, 10)
-    before = Fill50K(tmp_path, (16, 16)).key(0)
-    assert Fill50K(tmp_path, (16, 16)).key(0) == before != Fill50K(tmp_path, (8, 8)).key(0)
+    before = FolderDataset(tmp_path, (16, 16)).key(0)
+    assert FolderDataset(tmp_path, (16, 16)).key(0) == before != FolderDataset(tmp_path, (8, 8)).key(0)
     picture(tmp_path / "target/0.png", 16, 16, 11)
-    assert Fill50K(tmp_path, (16, 16)).key(0) != before
+    assert FolderDataset(tmp_path, (16, 16)).key(0) != before
 
 
 def test_samples_are_functions_of_their_number(folder):
-    make = lambda seed: data.Samples(Fill50K(folder, (32, 32)), range(10), seed, (4, 4, 4))
+    make = lambda seed: data.Samples(FolderDataset(folder, (32, 32)), range(10), seed, (4, 4, 4))
     samples = make(0)
-    flat = lambda batches: [(t, n) for b in batches for t, n in zip(b["timestep"].tolist(), b["noise"], strict=True)]
+    flat = lambda batches: [(t, n) for b in batches for t, n in zip(b["timesteps"].tolist(), b["noise"], strict=True)]
     whole, split = flat(data.batches(samples, 0, 24, 8)), flat(data.batches(make(0), 12, 24, 3, workers=1))
     for (t, n), (t2, n2) in zip(whole[12:], split, strict=True):
         assert t == t2 and torch.equal(n, n2)
@@ -173,7 +179,7 @@ def test_samples_are_functions_of_their_number(folder):
     for epoch in (0, 1, 2):
         assert sorted(samples.index(n) for n in range(10 * epoch, 10 * epoch + 10)) == list(range(10))
     assert [samples.index(n) for n in range(10)] != [samples.index(n) for n in range(10, 20)]
-    assert not torch.equal(samples[0]["noise"], samples[0]["posterior"])
+    assert not torch.equal(samples[0]["noise"], samples[0]["posterior_noise"])
 
 
 def test_pictures_of_every_kind(tmp_path):
@@ -189,7 +195,7 @@ def test_pictures_of_every_kind(tmp_path):
     turned.save(tmp_path / "turned.jpg", exif=exif)
     assert data.read_image(tmp_path / "turned.jpg").shape == (60, 40, 3)
     write(tmp_path, {"source": "turned.jpg", "target": "turned.jpg", "prompt": "p"})
-    assert Fill50K(tmp_path).sizes(0) == ((40, 60), (40, 60))
+    assert FolderDataset(tmp_path).sizes(0) == ((40, 60), (40, 60))
     np.save(tmp_path / "labels.npy", np.arange(12).reshape(2, 2, 3))
     with pytest.raises(DataError, match="int64 from 0 to 11; give uint8"):
         data.read_image(tmp_path / "labels.npy")
@@ -199,10 +205,12 @@ def test_pictures_of_every_kind(tmp_path):
 
 
 def test_timesteps_keep_to_their_range_and_spread_evenly(folder):
-    pairs = Fill50K(folder, (32, 32))
-    drawn = lambda **chance: [
-        s["timestep"].item()
-        for s in map(data.Samples(pairs, range(20), 0, (4, 4, 4), data.Chance(**chance)).__getitem__, range(300))
+    pairs = FolderDataset(folder, (32, 32))
+    drawn = lambda **randomness: [
+        s["timesteps"].item()
+        for s in map(
+            data.Samples(pairs, range(20), 0, (4, 4, 4), data.SampleRandomness(**randomness)).__getitem__, range(300)
+        )
     ]
     plain = drawn()
     assert min(plain) >= 0 and max(plain) <= 999 and 400 < np.mean(plain) < 600
@@ -215,9 +223,83 @@ def test_timesteps_keep_to_their_range_and_spread_evenly(folder):
 
 
 def test_dropped_hints_are_black_and_offset_noise_has_a_mean(folder):
-    pairs = Fill50K(folder, (32, 32))
-    make = lambda **chance: data.Samples(pairs, range(20), 0, (4, 8, 8), data.Chance(**chance))
+    pairs = FolderDataset(folder, (32, 32))
+    make = lambda **randomness: data.Samples(pairs, range(20), 0, (4, 8, 8), data.SampleRandomness(**randomness))
     black = [not make(drop_hint=0.3)[n]["hint"].any() for n in range(100)]
     assert 15 < sum(black) < 45
     mean = lambda samples: np.std([samples[n]["noise"].mean((1, 2)).numpy() for n in range(50)])
     assert mean(make()) < 0.2 < 0.4 < mean(make(noise_offset=0.5))
+
+
+@pytest.fixture
+def two_rows(tmp_path):
+    """A folder of two pairs whose prompt.json also has classes, weights, a note in one row alone, and lists."""
+    rows = [row(i) | {"class": 3 + i, "weight": i / 2, "name": f"n{i}", "size": [8, 8]} for i in range(2)]
+    write(tmp_path, rows[0], rows[1] | {"note": 1})
+    for i in range(2):
+        for side in ("source", "target"):
+            picture(tmp_path / side / f"{i}.png", 8, 8)
+    return tmp_path
+
+
+def test_further_keys_of_an_item_reach_the_batch(two_rows):
+    class Own:
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, i):
+            return dict(
+                jpg=np.zeros((8, 8, 3)), txt="p", hint=np.zeros((8, 8, 3)), depth=torch.full((2,), i), path=None
+            )
+
+    class Kept:
+        def moments(self, i):
+            return torch.zeros(8, 1, 1)
+
+        def context(self, i, prompt):
+            return torch.zeros(77, 4)
+
+    for encodings, own in ((None, {"target", "prompt"}), (Kept(), {"moments", "context"})):
+        own = own | {"hint", "noise", "posterior_noise", "timesteps"}
+        samples = data.Samples(FolderDataset(two_rows), range(2), 0, (4, 1, 1), encodings=encodings)
+        batch = next(data.batches(samples, 0, 2, 2))
+        order = [samples.index(n) for n in range(2)]
+        assert batch.keys() == own | {"class", "weight", "name"}
+        assert batch["class"].tolist() == [3 + i for i in order] and batch["class"].dtype == torch.int64
+        assert batch["weight"].tolist() == [i / 2 for i in order] and batch["name"] == [f"n{i}" for i in order]
+        samples = data.Samples(ArrayDataset(Own(), (8, 8)), range(2), 0, (4, 1, 1), encodings=encodings)
+        batch = next(data.batches(samples, 0, 2, 2))
+        assert batch.keys() == own | {"depth"} and batch["depth"].tolist() == [[samples.index(n)] * 2 for n in range(2)]
+
+
+def test_a_layout_is_a_row_of_a_table(two_rows, monkeypatch, capsys):
+    """Triples from a CSV file: read, shown, checked, and named in messages as those of prompt.json are."""
+
+    def read_csv(file):
+        with open(file, newline="", encoding="utf-8") as f:
+            for number, entry in enumerate(csv.DictReader(f), 2):
+                yield f"line {number}", entry
+
+    monkeypatch.setitem(data.LAYOUTS, "triples.csv", (read_csv, "columns source, target and prompt"))
+    (two_rows / "prompt.json").unlink()
+    with pytest.raises(DataError, match="no prompt.json in it: one JSON.* or triples.csv in it: columns source"):
+        FolderDataset(two_rows)
+    assert not data.is_dataset(two_rows)
+    lines = ["source,target,prompt,style", *(f'source/{i}.png,target/{i}.png,"a, {i}",s{i}' for i in range(2))]
+    (two_rows / "triples.csv").write_text("\n".join(lines) + "\n")
+    assert data.is_dataset(two_rows)
+    item = FolderDataset(two_rows, (16, 16))[1]
+    assert (item["txt"], item["style"], item["jpg"].shape) == ("a, 1", "s1", (16, 16, 3))
+    data.main(["show", str(two_rows), "1", "--out", str(two_rows / "pair.png")])
+    assert capsys.readouterr().out.splitlines()[:2] == ["2", "a, 1"]
+    (two_rows / "source/1.png").unlink()
+    assert data.check(str(two_rows))[0] == 2
+    with pytest.raises(DataError, match=r"triples.csv, line 3: .*1.png: no such image"):
+        FolderDataset(two_rows)[1]
+
+
+def test_sizes_that_the_unet_cannot_divide_are_told_of(capsys):
+    assert data.choose_size("", (64, 32), 32) == (64, 32) and data.choose_size("64", (8, 8), 32) == (64, 64)
+    assert not capsys.readouterr().out
+    assert data.choose_size("70x50", (64, 64), 32) == (64, 64)
+    assert "70x50 becomes 64x64" in capsys.readouterr().out

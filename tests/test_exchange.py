@@ -13,15 +13,16 @@ import safetensors
 import torch
 import transformers
 
-import checkpoint
 import merge
 import sampler
-from checkpoint import CheckpointError
 from clip_text import TextConfig, Tokenizer, clip_spelling, openclip_spelling
-from controlnet import SD15, SD21_V, TINY, ControlLDM, gather
+from ldm import SD15, SD21_V, TINY, ControlLDM
 from tests.conftest import distance
 from unet import UNetConfig
 from vae import VAEConfig
+from weights import CheckpointError, ModelSource, load_model, load_state_dict
+from weights.source import merge_sources
+from weights.writing import save_safetensors
 
 SMALL = dict(vae=VAEConfig(ch=32), hint_widths=(8, 8, 16, 16), resolution=64)
 V1 = dataclasses.replace(
@@ -48,7 +49,7 @@ def exported(request, tmp_path_factory):
         model = ControlLDM(request.param).eval().requires_grad_(False)
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.05) if not p.any() else None
-    checkpoint.save_safetensors(folder / "model.safetensors", model.state_dict(), {"config": model.config.to_json()})
+    save_safetensors(folder / "model.safetensors", model.state_dict(), {"config": model.config.to_json()})
     merge.main(["export", str(folder / "model.safetensors"), str(folder / "exported")])
     return model, folder
 
@@ -95,33 +96,35 @@ def test_the_pipeline_draws_the_same_image(exported):
         output_type="np",
     ).images[0]  # fmt: skip
     context, negative = model.encode_prompts([PROMPT]), model.encode_prompts([NEGATIVE])
-    latents = sampler.sample(model, context, negative, HINT, (64, 64), 10, 4.0, seed=5)
+    controls = [sampler.Control(model.control_model, HINT)]
+    settings = sampler.Sampling(steps=10, scale=4.0, seed=5)
+    latents = sampler.sample(model, context, negative, controls, (64, 64), settings)
     ours = ((model.decode(latents)[0] + 1) / 2).permute(1, 2, 0).numpy()
     assert ours.std() > 0.01 and np.abs(ours - theirs).max() < 1e-3
 
 
 def test_folders_in_all_their_forms_come_back_as_the_file(exported, tmp_path):
     model, folder = exported
-    state = checkpoint.load_state_dict(folder / "model.safetensors")
-    assert equal(checkpoint.load_state_dict(folder / "exported"), state)
+    state = load_state_dict(folder / "model.safetensors")
+    assert equal(load_state_dict(folder / "exported"), state)
     pipe = diffusers.StableDiffusionControlNetPipeline.from_pretrained(folder / "exported")
     pipe.save_pretrained(tmp_path / "plain")
-    assert equal(checkpoint.load_state_dict(tmp_path / "plain"), state)
+    assert equal(load_state_dict(tmp_path / "plain"), state)
     pipe.save_pretrained(tmp_path / "shards", max_shard_size="2MB", safe_serialization=False)
     assert list((tmp_path / "shards" / "unet").glob("*-of-*.bin"))
-    assert equal(checkpoint.load_state_dict(tmp_path / "shards"), state)
+    assert equal(load_state_dict(tmp_path / "shards"), state)
     pipe.unet.save_pretrained(tmp_path / "fp16" / "unet", max_shard_size="2MB", variant="fp16")
     assert list((tmp_path / "fp16" / "unet").glob("*.fp16-*-of-*"))
     unet = {k: v for k, v in state.items() if k.startswith("model.")}
-    assert equal(checkpoint.load_state_dict(tmp_path / "fp16" / "unet"), unet)
+    assert equal(load_state_dict(tmp_path / "fp16" / "unet"), unet)
     with pytest.raises(CheckpointError, match="without weights"):
-        checkpoint.load_state_dict(tmp_path / "fp16")
+        load_state_dict(tmp_path / "fp16")
 
 
 def test_old_names_of_the_vaes_attention(exported, tmp_path):
     """As diffusers wrote them before 0.17, and as SD 1.5's folder still has them."""
     model, folder = exported
-    state = checkpoint.load_state_dict(folder / "model.safetensors")
+    state = load_state_dict(folder / "model.safetensors")
     new = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     with safetensors.safe_open(folder / "exported" / "vae" / "diffusion_pytorch_model.safetensors", "pt") as file:
         old = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
@@ -129,7 +132,7 @@ def test_old_names_of_the_vaes_attention(exported, tmp_path):
         old = {k.replace(f"attentions.0.{a}.", f"attentions.0.{b}."): v for k, v in old.items()}
     torch.save(old, tmp_path / "vae.bin")
     vae = {k: v for k, v in state.items() if k.startswith("first_stage_model.")}
-    assert equal(checkpoint.load_state_dict(tmp_path / "vae.bin"), vae)
+    assert equal(load_state_dict(tmp_path / "vae.bin"), vae)
 
 
 @torch.no_grad()
@@ -137,7 +140,7 @@ def test_a_model_without_controlnet_draws_at_its_own_size(exported, tmp_path):
     model, folder = exported
     plain = {k: v for k, v in model.state_dict().items() if not k.startswith("control_model.")}
     metadata = {"config": model.config.to_json()}
-    checkpoint.save_safetensors(tmp_path / "plain.safetensors", plain, metadata)
+    save_safetensors(tmp_path / "plain.safetensors", plain, metadata)
     merge.main(["export", str(tmp_path / "plain.safetensors"), str(tmp_path / "plain")])
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "plain")
     pipe.set_progress_bar_config(disable=True)
@@ -147,7 +150,7 @@ def test_a_model_without_controlnet_draws_at_its_own_size(exported, tmp_path):
 
 def test_folder_becomes_a_model(exported):
     model, folder = exported
-    again = ControlLDM.from_file(folder / "exported")
+    again = load_model(folder / "exported")
     assert again.config == model.config and equal(again.state_dict(), model.state_dict())
 
 
@@ -156,23 +159,23 @@ def test_controlnet_alone_in_three_forms(exported, tmp_path):
     model, folder = exported
     source, base = str(folder / "model.safetensors"), tmp_path / "base.safetensors"
     plain = {k: v for k, v in model.state_dict().items() if not k.startswith("control_model.")}
-    checkpoint.save_safetensors(base, plain, {"config": model.config.to_json()})
+    save_safetensors(base, plain, {"config": model.config.to_json()})
     forms = [tmp_path / name for name in ("ours", "control.safetensors", "theirs", "difference.safetensors")]
     merge.main(["extract", source, str(forms[0]), "--format", "diffusers"])
     merge.main(["extract", source, str(forms[1])])
     diffusers.ControlNetModel.from_pretrained(forms[0]).save_pretrained(forms[2])
     merge.main(["extract", source, str(forms[3]), "--difference", source])
     for form in forms[:3]:
-        assert equal(gather(base, control=form), model.state_dict())
-    state = checkpoint.load_state_dict(forms[3])
+        assert equal(merge_sources(ModelSource(base, control=form)), model.state_dict())
+    state = load_state_dict(forms[3])
     assert "difference" in state and state["control_model.zero_convs.0.0.weight"].any()
-    again = gather(base, control=forms[3])
+    again = merge_sources(ModelSource(base, control=forms[3]))
     assert again.keys() == model.state_dict().keys()
     assert all(torch.allclose(v, again[k], atol=1e-6) for k, v in model.state_dict().items())
     assert not torch.equal(state["control_model.time_embed.0.weight"], again["control_model.time_embed.0.weight"])
-    assert not equal(ControlLDM.from_file(base).state_dict(), model.state_dict())
+    assert not equal(load_model(base).state_dict(), model.state_dict())
     with pytest.raises(CheckpointError, match="a ControlNet alone"):
-        ControlLDM.from_file(forms[2])
+        load_model(forms[2])
 
 
 def test_openclip_spelling_there_and_back():

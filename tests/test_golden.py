@@ -13,7 +13,8 @@ import torch
 import sampler
 import train
 from clip_text import CLIPTextModel, TextConfig, Tokenizer
-from controlnet import MODELS, SD15, ControlLDM, ControlNet, ModelConfig
+from controlnet import ControlNet
+from ldm import MODELS, SD15, ControlLDM, ModelConfig
 from tests.conftest import GOLDEN, distance, golden
 from tests.golden.fill import arr, fill
 from unet import UNet, UNetConfig
@@ -56,9 +57,10 @@ def test_unet_and_control(tag):
     assert distance(unet(x, t, context), want["eps_uncontrolled"]) < CLOSE
     assert distance(unet(x, t, context, residuals), want["eps_controlled"]) < CLOSE
     assert distance(unet(x, t, context, [r * 0.5 for r in residuals]), want["eps_half"]) < CLOSE
-    only = control(x, hint, t, context, only_mid_control=True)
+    control.only_mid_control = True
+    only = control(x, hint, t, context)
     assert len(only) == 1
-    assert distance(unet(x, t, context, only, only_mid_control=True), want["eps_only_mid"]) < CLOSE
+    assert distance(unet(x, t, context, control=only), want["eps_only_mid"]) < CLOSE
 
 
 @torch.no_grad()
@@ -81,7 +83,8 @@ def test_training_loss_and_gradients(tag):
         p.requires_grad_(name.startswith(("control_model.", "model.diffusion_model.out")))
     _, hint, context = inputs(tag, 2, h, w, dim)
     x0, noise = arr(tag + ".x0", 2, 4, h, w), arr(tag + ".noise", 2, 4, h, w)
-    loss = train.diffusion_loss(model, x0, context, hint, torch.tensor(t), noise).mean()
+    batch = dict(latents=x0, context=context, hint=hint, timesteps=torch.tensor(t), noise=noise)
+    loss = train.diffusion_loss(model, batch).mean()
     loss.backward()
     want = golden(tag)
     assert distance(loss, want["train_loss"]) < CLOSE
@@ -159,7 +162,8 @@ def test_ddim(tag, scale, strength, guess):
     want = golden(tag)
     hint = torch.sigmoid(arr(tag + ".hint", 2, 3, 64, 64))
     context, uncond = arr(tag + ".context", 2, 77, 40), arr(tag + ".uncond", 2, 77, 40)
-    eps = sampler.guided(model, context, uncond, hint, scale, strength, guess)
+    controls = [sampler.Control(model.control_model, hint, strength)]
+    eps = sampler.make_cfg_model(model, context, uncond, controls, scale, guess)
     result = sampler.ddim(eps, arr(tag + ".x_T", 2, 4, 8, 8), 10)
     name = next(k for k in want if want[k].shape == result.shape)
     assert distance(result, want[name]) < CLOSE

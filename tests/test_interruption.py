@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import engine
-import log
 import train
-from checkpoint import CheckpointError
+import training.checkpoints
 from tests.test_train import config, equal, losses, weights  # noqa: F401 (config is a fixture)
+from training.records import read_metrics
+from weights import CheckpointError, load_state_dict
+from weights.runs import list_checkpoints, newest_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,7 +41,7 @@ def start(*arguments: str) -> subprocess.Popen:
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
     deadline = time.time() + 120
-    while len(log.read_metrics(run)) < step:
+    while len(read_metrics(run)) < step:
         assert process.poll() is None and time.time() < deadline, process.stdout.read()
         time.sleep(0.02)
 
@@ -72,7 +72,7 @@ def test_killed_at_any_moment_and_resumed_equals_never_stopped(config, whole):  
     train.train(resumed, resume=run)
     assert equal(weights(run), weights(whole)) and losses(run) == losses(whole)
     for file in ("optimizer", "average"):
-        a, b = (checkpoint.load_state_dict(checkpoint.newest(r) / f"{file}.safetensors") for r in (run, whole))
+        a, b = (load_state_dict(newest_checkpoint(r) / f"{file}.safetensors") for r in (run, whole))
         assert equal(a, b), file
 
 
@@ -83,7 +83,7 @@ def test_asked_to_stop_it_saves_says_how_to_go_on_and_ends_well(config, whole, n
     wait_for_step(run, 7, process)
     process.send_signal(number)
     said = process.communicate()[0]
-    step = json.loads((checkpoint.newest(run) / "state.json").read_text())["step"]
+    step = json.loads((newest_checkpoint(run) / "state.json").read_text())["step"]
     assert process.returncode == 0 and 7 <= step < 24, said
     assert f"stopped at step {step} of 24" in said and f"train.py --resume {run}" in said
     train.train(train.parse(["--resume", str(run)])[0], resume=run)
@@ -92,14 +92,14 @@ def test_asked_to_stop_it_saves_says_how_to_go_on_and_ends_well(config, whole, n
 
 def test_what_is_not_finite_is_skipped_and_counted(config, monkeypatch):  # noqa: F811
     config.steps, config.max_skipped, config.checkpoint_freq = 6, 2, 1
-    real, bad = engine.diffusion_loss, {2, 4}
+    real, bad = train.diffusion_loss, {2, 4}
     calls = []
 
-    def sometimes(*args):
+    def sometimes(*args, **settings):
         calls.append(1)
-        return real(*args) * (float("nan") if len(calls) in bad else 1.0)
+        return real(*args, **settings) * (float("nan") if len(calls) in bad else 1.0)
 
-    monkeypatch.setattr(engine, "diffusion_loss", sometimes)
+    monkeypatch.setattr(train, "diffusion_loss", sometimes)
     run = train.train(config)
     assert all(v.isfinite().all() for v in weights(run).values())
     assert [str(loss) == "nan" for loss in losses(run)] == [False, True, False, True, False, False]
@@ -112,16 +112,16 @@ def test_what_is_not_finite_is_skipped_and_counted(config, monkeypatch):  # noqa
 
 def test_a_full_disk_costs_a_checkpoint_not_the_run(config, monkeypatch, capsys):  # noqa: F811
     config.steps, config.checkpoint_freq = 3, 1
-    real = checkpoint.write_folder
+    real = training.checkpoints.write_folder
 
     def full(path, files):
         if path.name == "step-000002":
             raise OSError(28, "No space left on device")
         real(path, files)
 
-    monkeypatch.setattr(checkpoint, "write_folder", full)
+    monkeypatch.setattr(training.checkpoints, "write_folder", full)
     run = train.train(config)
-    assert [p.name for p in checkpoint.list_checkpoints(run)] == ["step-000001", "step-000003"]
+    assert [p.name for p in list_checkpoints(run)] == ["step-000001", "step-000003"]
     assert "step 2: the checkpoint could not be written" in capsys.readouterr().out
 
 
@@ -129,9 +129,9 @@ def test_a_damaged_checkpoint_is_passed_over(config, capsys):  # noqa: F811
     config.checkpoint_freq, config.keep_checkpoints = 1, 0
     run = train.train(config)
     before = losses(run), {k: v.clone() for k, v in weights(run).items()}  # not mapped from what is damaged now
-    newest = checkpoint.newest(run) / "trained.safetensors"
+    newest = newest_checkpoint(run) / "trained.safetensors"
     newest.write_bytes(newest.read_bytes()[:-100])
-    assert checkpoint.newest(run).name == "step-000003" and "damaged" in capsys.readouterr().out
+    assert newest_checkpoint(run).name == "step-000003" and "damaged" in capsys.readouterr().out
     train.train(train.parse(["--resume", str(run)])[0], resume=run)
     assert losses(run) == before[0] and equal(weights(run), before[1])
 
@@ -139,4 +139,4 @@ def test_a_damaged_checkpoint_is_passed_over(config, capsys):  # noqa: F811
 def test_old_checkpoints_are_pruned_but_some(config):  # noqa: F811
     config.steps, config.checkpoint_freq, config.keep_checkpoints, config.keep_every = 7, 1, 2, 3
     run = train.train(config)
-    assert [int(p.name[5:]) for p in checkpoint.list_checkpoints(run)] == [3, 6, 7]
+    assert [int(p.name[5:]) for p in list_checkpoints(run)] == [3, 6, 7]

@@ -5,11 +5,14 @@ import json
 import pytest
 import torch
 
-import checkpoint
 import merge
 import train
-from checkpoint import CheckpointError, load_state_dict
-from controlnet import TINY, ControlLDM, gather, read_model
+from ldm import TINY
+from weights import CheckpointError, ModelSource, load_model, load_state_dict
+from weights.reading import load_metadata
+from weights.runs import newest_checkpoint
+from weights.source import merge_sources, read_model
+from weights.writing import save_json, save_safetensors
 
 
 def test_attach_equals_attaching_on_the_fly(base, tmp_path, capsys):
@@ -17,7 +20,7 @@ def test_attach_equals_attaching_on_the_fly(base, tmp_path, capsys):
     merge.main([str(base), str(out), "--seed", "3"])
     said = capsys.readouterr().out
     assert "are new (input_hint_block, middle_block_out, zero_convs)" in said
-    merged, fly = ControlLDM.from_file(out), ControlLDM.from_file(base, attach=True, seed=3)
+    merged, fly = load_model(out), load_model(ModelSource(base, attach=True, seed=3))
     assert all(torch.equal(v, fly.state_dict()[k]) for k, v in merged.state_dict().items())
     with pytest.raises(CheckpointError, match="exists; --force"):
         merge.main(["attach", str(base), str(out)])
@@ -34,7 +37,7 @@ def test_extract_half_ckpt_and_info(base, tmp_path, capsys):
     merge.main(["attach", str(base), str(merged), "--half", "--hint-channels", "1"])
     assert torch.load(merged, weights_only=True)["state_dict"]
     merge.main(["extract", str(merged), str(alone)])
-    control = checkpoint.load_state_dict(alone)
+    control = load_state_dict(alone)
     assert all(k.startswith("control_model.") and v.dtype == torch.float16 for k, v in control.items())
     assert control["control_model.input_hint_block.0.weight"].shape[1] == 1
     with pytest.raises(CheckpointError, match="without a ControlNet; a ControlNet is needed"):
@@ -42,14 +45,14 @@ def test_extract_half_ckpt_and_info(base, tmp_path, capsys):
     capsys.readouterr()
     merge.main(["info", str(base)])
     said = capsys.readouterr().out
-    assert "ControlNet  none" in said and "model       tiny" in said and "float32" in said
+    assert "ControlNet   none" in said and "model        tiny" in said and "float32" in said
 
 
 def other(base, path, seed: int):
     """Another model of the same kind: every weight of `base` moved a little."""
     generator = torch.Generator().manual_seed(seed)
     state = {k: v + 0.01 * torch.randn(v.shape, generator=generator) for k, v in load_state_dict(base).items()}
-    checkpoint.save_safetensors(path, state, checkpoint.load_metadata(base))
+    save_safetensors(path, state, load_metadata(base))
     return path
 
 
@@ -58,7 +61,7 @@ def test_transfer_adds_what_the_other_base_has_more(base, tmp_path):
     whole, alone, out = (tmp_path / f"{name}.safetensors" for name in ("whole", "alone", "out"))
     merge.main([str(a), str(whole)])
     trained = {k: v + 0.1 * k.startswith("control_model.") for k, v in load_state_dict(whole).items()}
-    checkpoint.save_safetensors(whole, trained, checkpoint.load_metadata(a))
+    save_safetensors(whole, trained, load_metadata(a))
     merge.main(["extract", str(whole), str(alone)])
     merge.main(["transfer", "--from-base", str(a), "--control", str(whole), "--to-base", str(b), str(out)])
     left, right, got = load_state_dict(a), load_state_dict(b), load_state_dict(out)
@@ -80,40 +83,40 @@ def test_another_vae_the_moving_average_and_clip_skip(base, tmp_path):
     state, b = load_state_dict(base), load_state_dict(other(base, tmp_path / "b.safetensors", 2))
     bare = {k.removeprefix("first_stage_model."): v for k, v in b.items() if k.startswith("first_stage_model.")}
     torch.save({"state_dict": bare}, tmp_path / "vae.ckpt")  # as vae-ft-mse-840000-ema-pruned.ckpt
-    model = ControlLDM.from_file(base, vae=tmp_path / "vae.ckpt")
+    model = load_model(ModelSource(base, vae=tmp_path / "vae.ckpt"))
     for key, value in model.state_dict().items():
         assert torch.equal(value, (b if key.startswith("first_stage_model.") else state)[key])
     narrow = {k: v[:1] for k, v in bare.items()}
     torch.save(narrow, tmp_path / "narrow.pt")
     with pytest.raises(CheckpointError, match="narrow.pt: a VAE of another shape"):
-        ControlLDM.from_file(base, vae=tmp_path / "narrow.pt")
+        load_model(ModelSource(base, vae=tmp_path / "narrow.pt"))
     with pytest.raises(CheckpointError, match="without a ControlNet; a ControlNet is needed"):
-        ControlLDM.from_file(base, control=base)
+        load_model(ModelSource(base, control=base))
 
     average = {
         "model_ema." + k.removeprefix("model.").replace(".", ""): v for k, v in b.items() if k.startswith("model.")
     }
     with_ema = tmp_path / "ema.safetensors"
-    checkpoint.save_safetensors(with_ema, state | average, checkpoint.load_metadata(base))
-    plain, averaged = (ControlLDM.from_file(with_ema, ema=ema).unet.state_dict() for ema in (False, True))
+    save_safetensors(with_ema, state | average, load_metadata(base))
+    plain, averaged = (load_model(ModelSource(with_ema, ema=ema)).unet.state_dict() for ema in (False, True))
     assert all(torch.equal(v, state["model.diffusion_model." + k]) for k, v in plain.items())
     assert all(torch.equal(v, b["model.diffusion_model." + k]) for k, v in averaged.items())
     with pytest.raises(CheckpointError, match="no moving average"):
-        ControlLDM.from_file(base, ema=True)
+        load_model(ModelSource(base, ema=True))
 
-    skipping = ControlLDM.from_file(base, clip_skip=2)
+    skipping = load_model(ModelSource(base, clip_skip=2))
     assert len(skipping.text.text_model.encoder.layers) == TINY.text.layers - 1
-    full = ControlLDM.from_file(base)
+    full = load_model(base)
     del full.text.text_model.encoder.layers[-1]
     assert torch.equal(skipping.encode_prompts("red"), full.encode_prompts("red"))
     with pytest.raises(CheckpointError, match="--clip-skip is 3"):
-        ControlLDM.from_file(base, clip_skip=3)
+        load_model(ModelSource(base, clip_skip=3))
 
 
 def test_unknown_keys_pass_through(base, tmp_path):
     state = load_state_dict(base) | {"cond_stage_model.model.logit_scale": torch.tensor(4.6), "betas": torch.ones(3)}
     odd, out = tmp_path / "odd.safetensors", tmp_path / "out.safetensors"
-    checkpoint.save_safetensors(odd, state, checkpoint.load_metadata(base))
+    save_safetensors(odd, state, load_metadata(base))
     merge.main([str(odd), str(out)])
     written = load_state_dict(out)
     assert all(torch.equal(written[k], v) for k, v in state.items())
@@ -144,23 +147,23 @@ def unet(channels: int, context: int, inputs: int = 4) -> dict[str, torch.Tensor
     ],
 )
 def test_what_cannot_be_used_is_named(state, says, tmp_path):
-    checkpoint.save_safetensors(tmp_path / "file.safetensors", state)
+    save_safetensors(tmp_path / "file.safetensors", state)
     with pytest.raises(CheckpointError, match=f"file.safetensors: .*{says}"):
-        ControlLDM.from_file(tmp_path / "file.safetensors")
+        load_model(tmp_path / "file.safetensors")
 
 
 def test_sd2_says_how_to_ask_for_v(tmp_path, capsys):
-    checkpoint.save_safetensors(tmp_path / "sd2.safetensors", unet(320, 1024))
+    save_safetensors(tmp_path / "sd2.safetensors", unet(320, 1024))
     assert read_model(tmp_path / "sd2.safetensors")[1].name == "sd21"
     assert "--prediction v" in capsys.readouterr().out
-    assert read_model(tmp_path / "sd2.safetensors", prediction="v")[1].name == "sd21_v"
+    assert read_model(ModelSource(tmp_path / "sd2.safetensors", prediction="v"))[1].name == "sd21_v"
     assert capsys.readouterr().out == ""
     folder = tmp_path / "folder"  # a diffusers folder says which
     for name in ("unet", "scheduler"):
         (folder / name).mkdir(parents=True)
-    checkpoint.save_safetensors(folder / "unet" / "diffusion_pytorch_model.safetensors", unet(320, 1024))
-    checkpoint.save_json(folder / "scheduler" / "scheduler_config.json", {"prediction_type": "v_prediction"})
-    checkpoint.save_json(folder / "model_index.json", {})
+    save_safetensors(folder / "unet" / "diffusion_pytorch_model.safetensors", unet(320, 1024))
+    save_json(folder / "scheduler" / "scheduler_config.json", {"prediction_type": "v_prediction"})
+    save_json(folder / "model_index.json", {})
     assert read_model(folder)[1].name == "sd21_v" and capsys.readouterr().out == ""
 
 
@@ -184,17 +187,17 @@ def run(base, folder, tmp_path):
 
 
 def test_a_run_is_exported_whole_and_extracted_with_a_warning(run, base, tmp_path, capsys):
-    trained = ControlLDM.from_file(run).state_dict()
+    trained = load_model(run).state_dict()
     for out in ("whole.safetensors", "whole.ckpt", "folder"):
         merge.main(["export", str(run), str(tmp_path / out)])
         assert all(torch.equal(v, trained[k]) for k, v in load_state_dict(tmp_path / out).items())
-    assert all(torch.equal(v, trained[k]) for k, v in ControlLDM.from_file(tmp_path / "folder").state_dict().items())
+    assert all(torch.equal(v, trained[k]) for k, v in load_model(tmp_path / "folder").state_dict().items())
     capsys.readouterr()
     merge.main(["extract", str(run), str(tmp_path / "control.safetensors")])
     assert "decoder" in capsys.readouterr().out
     merge.main(["extract", str(run), str(tmp_path / "control"), "--format", "diffusers"])
     control = {k: v for k, v in trained.items() if k.startswith("control_model.")}
-    joined = gather(base, control=tmp_path / "control")
+    joined = merge_sources(ModelSource(base, control=tmp_path / "control"))
     assert all(torch.equal(v, joined[k]) for k, v in control.items())
     merge.main(["extract", str(run), str(tmp_path / "d.safetensors"), "--difference", str(base)])
     assert "difference" in load_state_dict(tmp_path / "d.safetensors")
@@ -224,13 +227,13 @@ def test_training_goes_on_from_a_controlnet_alone(run, base, folder, tmp_path):
             weight_decay=0.0,
         )  # fmt: skip
     )
-    before, after = (load_state_dict(checkpoint.newest(r) / "trained.safetensors") for r in (run, again))
+    before, after = (load_state_dict(newest_checkpoint(r) / "trained.safetensors") for r in (run, again))
     assert all(torch.equal(v, before[k]) for k, v in after.items()) and after.keys() < before.keys()
     (tmp_path / "control.safetensors").unlink()  # the run is whole without it
-    ControlLDM.from_file(again)
+    load_model(again)
     assert json.loads((again / "config.json").read_text())["vae"] == str(base)
     with pytest.raises(CheckpointError, match="a run has its own ControlNet"):
-        gather(again, control=base)
+        merge_sources(ModelSource(again, control=base))
 
 
 def test_what_stands_in_the_way_is_not_removed(run, base, tmp_path):
@@ -252,7 +255,7 @@ def test_what_stands_in_the_way_is_not_removed(run, base, tmp_path):
         merge.main(["extract", str(whole), str(tmp_path / "x.safetensors"), "--format", "diffusers"])
     with pytest.raises(CheckpointError, match="--base goes with the folder of a run"):
         merge.main(["export", str(whole), str(tmp_path / "new"), "--base", "nothing"])
-    assert (tmp_path / "mine" / "thesis.txt").exists() and checkpoint.newest(run)
+    assert (tmp_path / "mine" / "thesis.txt").exists() and newest_checkpoint(run)
 
 
 def test_differences_are_not_taken_for_weights(base, tmp_path):
@@ -261,27 +264,27 @@ def test_differences_are_not_taken_for_weights(base, tmp_path):
     merge.main([str(base), str(whole)])
     merge.main(["extract", str(whole), str(diff), "--difference", str(base)])
     state = {k.removeprefix("control_model."): v for k, v in load_state_dict(diff).items()}
-    checkpoint.save_safetensors(bare, state)
+    save_safetensors(bare, state)
     for form in (diff, bare):
-        joined = gather(base, control=form)
+        joined = merge_sources(ModelSource(base, control=form))
         assert all(torch.allclose(v, joined[k]) for k, v in load_state_dict(whole).items())
     with pytest.raises(CheckpointError, match="holds differences already"):
         merge.main(["extract", str(diff), str(tmp_path / "x.safetensors"), "--difference", str(base)])
     wide = {k: v.repeat(2, *[1] * (v.ndim - 1)) if v.ndim else v for k, v in load_state_dict(diff).items()}
-    checkpoint.save_safetensors(tmp_path / "wide.safetensors", wide)
+    save_safetensors(tmp_path / "wide.safetensors", wide)
     with pytest.raises(CheckpointError, match="wide.safetensors: a ControlNet of another kind of model"):
-        gather(base, control=tmp_path / "wide.safetensors")
+        merge_sources(ModelSource(base, control=tmp_path / "wide.safetensors"))
 
 
 def test_a_model_that_is_not_whole_is_not_exported(base, tmp_path):
     state = {k: v for k, v in load_state_dict(base).items() if not k.startswith("first_stage_model.decoder.")}
-    checkpoint.save_safetensors(tmp_path / "part.safetensors", state, checkpoint.load_metadata(base))
+    save_safetensors(tmp_path / "part.safetensors", state, load_metadata(base))
     with pytest.raises(CheckpointError, match="not a whole model: .* tensors of the VAE"):
         merge.main(["export", str(tmp_path / "part.safetensors"), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
     for a, b in (("part", "vae"), ("vae", "part")):
         vae = {k: v for k, v in state.items() if k.startswith("first_stage_model.")}
-        checkpoint.save_safetensors(tmp_path / "vae.safetensors", vae)
+        save_safetensors(tmp_path / "vae.safetensors", vae)
         merge.main([str(base), str(tmp_path / "whole.safetensors"), "--force"])
         with pytest.raises(CheckpointError, match="vae.safetensors: a VAE alone"):
             merge.main(
@@ -296,21 +299,21 @@ def test_spellings_of_the_wild(base, tmp_path):
     state = load_state_dict(base)
     odd = {k.replace("transformer.text_model.", "transformer."): v for k, v in state.items()}
     odd |= {"first_stage_model.loss.logvar": torch.zeros(()), "betas": torch.ones(3)}
-    checkpoint.save_safetensors(tmp_path / "odd.safetensors", odd, checkpoint.load_metadata(base))
-    model = ControlLDM.from_file(tmp_path / "odd.safetensors", vae=tmp_path / "odd.safetensors")
+    save_safetensors(tmp_path / "odd.safetensors", odd, load_metadata(base))
+    model = load_model(ModelSource(tmp_path / "odd.safetensors", vae=tmp_path / "odd.safetensors"))
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    assert "first_stage_model.loss.logvar" not in gather(base, vae=tmp_path / "odd.safetensors")
+    assert "first_stage_model.loss.logvar" not in merge_sources(ModelSource(base, vae=tmp_path / "odd.safetensors"))
     merge.main(["export", str(tmp_path / "odd.safetensors"), str(tmp_path / "folder")])
-    again = ControlLDM.from_file(tmp_path / "folder").state_dict()
+    again = load_model(tmp_path / "folder").state_dict()
     assert all(torch.equal(v, state[k]) for k, v in again.items())
     merge.main([str(tmp_path / "odd.safetensors"), str(tmp_path / "half.safetensors"), "--half"])
     half = load_state_dict(tmp_path / "half.safetensors")
     assert half["betas"].dtype == torch.float32  # the schedule's buffers keep their precision
     assert half["model.diffusion_model.out.2.bias"].dtype == torch.float16
     for config in ("{}", "not json", '{"unet": 3}', '{"name": "x", "new": 1}'):
-        checkpoint.save_safetensors(tmp_path / "foreign.safetensors", {"x": torch.ones(1)}, {"config": config})
+        save_safetensors(tmp_path / "foreign.safetensors", {"x": torch.ones(1)}, {"config": config})
         with pytest.raises(CheckpointError):
-            ControlLDM.from_file(tmp_path / "foreign.safetensors")
+            load_model(tmp_path / "foreign.safetensors")
         merge.main(["info", str(tmp_path / "foreign.safetensors")])
 
 

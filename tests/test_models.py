@@ -3,28 +3,32 @@
 import pytest
 import torch
 
-import checkpoint
-from checkpoint import CheckpointError
 from clip_text import Tokenizer
-from controlnet import SD21_V, TINY, ControlLDM, ControlNet, ModelConfig
-from unet import Conv1x1, Conv3x3, Gate, UNetConfig
+from controlnet import ControlNet
+from layers import Conv1x1, Conv3x3, GatedGELU
+from ldm import SD21_V, TINY, ModelConfig
+from unet import UNetConfig
+from weights import CheckpointError, ModelSource, load_model, load_state_dict
+from weights.writing import save_safetensors
 
 
 @pytest.mark.parametrize("hint_channels", [1, 3, 5])
 @torch.no_grad()
 def test_attached_model_equals_base_bit_for_bit(base, hint_channels):
-    model = ControlLDM.from_file(base, attach=True, hint_channels=hint_channels)
+    model = load_model(ModelSource(base, attach=True, hint_channels=hint_channels))
     x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.randn(2, 77, 64)
     hint = torch.rand(2, hint_channels, 64, 64)
     plain = model.predict(x, t, context)
     assert torch.equal(model.predict(x, t, context, hint), plain)
-    assert torch.equal(model.predict(x, t, context, hint, only_mid_control=True), plain)
+    model.control_model.only_mid_control = True
+    assert torch.equal(model.predict(x, t, context, hint), plain)
+    model.control_model.only_mid_control = False
     model.control_model.middle_block_out[0].weight.fill_(0.1)
     assert not torch.equal(model.predict(x, t, context, hint), plain)
 
 
 def test_control_copies_the_encoder_and_its_seed_fixes_the_rest(base):
-    model = ControlLDM.from_file(base, attach=True, seed=1)
+    model = load_model(ModelSource(base, attach=True, seed=1))
     for name, p in model.unet.named_parameters():
         if not name.startswith(("output_blocks", "out.")):
             assert torch.equal(dict(model.control_model.named_parameters())[name], p)
@@ -88,7 +92,7 @@ def test_the_gate_has_the_same_gradient_and_keeps_only_what_came_in():
     value, gate = x.chunk(2, dim=-1)
     plain = value * torch.nn.functional.gelu(gate)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        out = Gate.apply(x)
+        out = GatedGELU.apply(x)
     assert torch.equal(out, plain) and len(kept) == 1 and kept[0].data_ptr() == x.data_ptr()
     grad = torch.randn_like(out)
     assert torch.equal(torch.autograd.grad(out, x, grad)[0], torch.autograd.grad(plain, x, grad)[0])
@@ -102,14 +106,14 @@ def test_config_fields():
 
 
 def test_from_file_says_what_is_wrong(base, tmp_path):
-    state = checkpoint.load_state_dict(base)
+    state = load_state_dict(base)
 
     def message(change: dict, drop: str = "-", config: bool = True) -> str:
         path = tmp_path / "changed.safetensors"
         kept = {k: v for k, v in (state | change).items() if not k.startswith(drop)}
-        checkpoint.save_safetensors(path, kept, {"config": TINY.to_json()} if config else {})
+        save_safetensors(path, kept, {"config": TINY.to_json()} if config else {})
         with pytest.raises(CheckpointError) as e:
-            ControlLDM.from_file(path)
+            load_model(path)
         assert str(e.value).startswith(str(path)) and "\n" not in str(e.value)
         return str(e.value)
 
@@ -123,21 +127,21 @@ def test_from_file_says_what_is_wrong(base, tmp_path):
     }
     assert "inpainting" in message(wide, config=False)
     with pytest.raises(CheckpointError, match="no such file"):
-        ControlLDM.from_file(tmp_path / "nothing.safetensors")
+        load_model(tmp_path / "nothing.safetensors")
     with pytest.raises(CheckpointError, match="a folder without weights"):
-        ControlLDM.from_file(tmp_path)
+        load_model(tmp_path)
 
 
 def test_control_in_file_sets_hint_channels_and_widths(base, tmp_path):
-    model = ControlLDM.from_file(base, attach=True)
+    model = load_model(ModelSource(base, attach=True))
     model.control_model = ControlNet.from_unet(model.unet, 2, (4, 5, 6, 7))
     path = tmp_path / "with_control.safetensors"
-    checkpoint.save_safetensors(path, model.state_dict(), {"config": TINY.to_json()})
-    loaded = ControlLDM.from_file(path)
+    save_safetensors(path, model.state_dict(), {"config": TINY.to_json()})
+    loaded = load_model(path)
     assert loaded.control_model.hint_channels == 2
     assert loaded.config.hint_widths == (4, 5, 6, 7)
     with pytest.raises(CheckpointError, match="hints of 2 channels, not 3"):
-        ControlLDM.from_file(path, hint_channels=3)
+        load_model(ModelSource(path, hint_channels=3))
 
 
 def test_tokenizer_normalises_and_cuts():

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import data
-import log
 import train
-from controlnet import ControlLDM
 from tests.test_train import config, losses, weights  # noqa: F401 (config is a fixture)
+from training.records import read_metrics
+from weights import ModelSource, load_model
+from weights.runs import newest_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,7 +39,7 @@ def test_ranks_take_turns_at_the_batches(monkeypatch):
         def __getitem__(self, n):
             return n
 
-    both = [[b.tolist() for b in data.batches(Numbers(), 6, 18, 2, rank=r, count=2)] for r in (0, 1)]
+    both = [[b.tolist() for b in data.batches(Numbers(), 6, 18, 2, rank=r, ranks=2)] for r in (0, 1)]
     assert both == [[[6, 7], [10, 11], [14, 15]], [[8, 9], [12, 13], [16, 17]]]
 
 
@@ -53,14 +53,14 @@ def test_two_ranks_equal_one_and_a_run_goes_on_with_another_number(config, tmp_p
     done = torchrun(2, *shared, "--out", two, "--steps", "4", "--batch-size", "1", "--accumulate-grad-batches", "2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("training a ControlNet") == 1  # only one of them speaks
-    state = json.loads((checkpoint.newest(two) / "state.json").read_text())
+    state = json.loads((newest_checkpoint(two) / "state.json").read_text())
     assert (state["step"], state["samples"], state["ranks"]) == (4, 16, 2)
     assert losses(two) == pytest.approx(losses(one)[:4], rel=1e-4)
     resumed = train.parse(["--resume", two, "--steps", "6", "--batch-size", "4", "--accumulate-grad-batches", "1"])[0]
     train.train(resumed, resume=two)
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
-    assert apart(weights(one), weights(two), ControlLDM.from_file(config.base, attach=True).state_dict()) < 0.02
-    gains = [[e["control_gain"] for e in log.read_metrics(r) if "control_gain" in e] for r in (one, two)]
+    assert apart(weights(one), weights(two), load_model(ModelSource(config.base, attach=True)).state_dict()) < 0.02
+    gains = [[e["control_gain"] for e in read_metrics(r) if "control_gain" in e] for r in (one, two)]
     assert gains[1] == pytest.approx(gains[0], abs=1e-4) and len(gains[0]) == 4
 
 
@@ -72,7 +72,7 @@ def test_a_rank_that_fails_ends_the_run_with_its_message(config):  # noqa: F811
         for file in (Path(config.data) / side).iterdir():
             (broken / side / file.name).write_bytes(file.read_bytes())
     (broken / "prompt.json").write_text("\n".join(rows))
-    order = data.Samples(data.Fill50K(broken), range(22), 0, (4, 4, 4))
+    order = data.Samples(data.FolderDataset(broken), range(22), 0, (4, 4, 4))
     (broken / "source" / f"{order.index(3)}.png").write_bytes(b"no picture")  # of the second batch: rank 1's
     done = torchrun(
         2, "--base", config.base, "--data", str(broken), "--out", config.out, "--cache-dir", config.cache_dir,

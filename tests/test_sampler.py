@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 
 import sampler
-from checkpoint import CheckpointError
-from controlnet import SD15, TINY, ControlLDM
+from ldm import SD15, TINY, ControlLDM
+from sampler import Control, Sampling
+from weights import CheckpointError, ModelSource, load_model
+from weights.writing import save_safetensors
 
 
 def test_timesteps_for_every_count():
@@ -45,7 +47,7 @@ def test_solvers_reach_the_exact_solution():
         exact = last.sqrt() * mean + (x - first.sqrt() * mean) * spread(last) / spread(first)
         return (solver(eps, x, steps) - exact).abs().max().item()
 
-    ddim, dpm = ([error(f, steps) for steps in (50, 100, 200)] for f in (sampler.ddim, sampler.dpm_solver))
+    ddim, dpm = ([error(f, steps) for steps in (50, 100, 200)] for f in (sampler.ddim, sampler.dpmpp_2m))
     assert ddim[0] < 0.15 and all(b < a for a, b in zip(ddim, dpm, strict=True))
     assert ddim[2] > 0.48 * ddim[1] and dpm[2] < 0.42 * dpm[1]  # twice the steps: half the error, or less than that
     noisy = sampler.ddim(eps, x, 200, eta=1.0)
@@ -66,7 +68,7 @@ def test_v_prediction_is_the_same_model():
 @pytest.fixture(scope="module")
 def steered(base) -> ControlLDM:
     """A model whose ControlNet says something, and whose UNet says eps."""
-    model = ControlLDM.from_file(base, attach=True, prediction="eps")
+    model = load_model(ModelSource(base, attach=True, prediction="eps"))
     with torch.no_grad():
         for p in model.control_model.parameters():
             if not p.any():
@@ -79,7 +81,12 @@ def test_guidance_settings(steered):
     x, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
     c, n, hint = torch.randn(1, 77, 64), torch.randn(1, 77, 64), torch.rand(1, 3, 64, 64)
     close = lambda a, b: torch.allclose(a, b, atol=1e-4)
-    eps = lambda **kw: sampler.guided(steered, c, n, **kw)(x, t)
+    net = steered.control_model
+
+    def eps(scale: float, hint=None, guess_mode: bool = False, **control) -> torch.Tensor:
+        controls = [] if hint is None else [Control(net, hint, **control)]
+        return sampler.make_cfg_model(steered, c, n, controls, scale, guess_mode)(x, t)
+
     plain, controlled = steered.predict(x, t, c), steered.predict(x, t, c, hint)
     assert close(eps(scale=1.0), plain) and close(eps(scale=1.0, hint=hint), controlled)
     assert not close(plain, controlled)
@@ -99,34 +106,39 @@ def test_guidance_settings(steered):
     a = sampler.alphas_cumprod(steered.config)[500]
     assert close(eps(scale=1.0, hint=hint), a.sqrt() * controlled + (1 - a).sqrt() * x)
     steered.config = config
-    only = eps(scale=1.0, hint=hint, only_mid_control=True)
-    assert close(only, steered.predict(x, t, c, hint, only_mid_control=True)) and not close(only, controlled)
+    twice = sampler.make_cfg_model(steered, c, n, [Control(net, hint, 0.25), Control(net, hint, 0.75)], 1.0)(x, t)
+    assert close(twice, controlled)  # the residuals of several ControlNets are added
+    net.only_mid_control = True
+    only = eps(scale=1.0, hint=hint)
+    assert close(only, steered.predict(x, t, c, hint)) and not close(only, controlled)
+    net.only_mid_control = False
+    both = [r * 1 for r in residuals[:-1]] + [residuals[-1] * 2]
+    assert all(map(torch.equal, sampler.add_residuals(residuals[-1:], residuals), both))
 
 
 def test_the_hint_is_read_once(steered, monkeypatch):
-    seen, read = [], steered.control_model.read_hint
-    monkeypatch.setattr(steered.control_model, "read_hint", lambda hint: seen.append(hint) or read(hint))
+    seen, read = [], steered.control_model.embed_hint
+    monkeypatch.setattr(steered.control_model, "embed_hint", lambda hint: seen.append(hint) or read(hint))
     context = torch.randn(2, 77, steered.config.text.width)
-    sampler.sample(steered, context[:1], context[1:], torch.rand(1, 3, 64, 64), (64, 64), steps=4, scale=2.0)
+    controls = [Control(steered.control_model, torch.rand(1, 3, 64, 64))]
+    sampler.sample(steered, context[:1], context[1:], controls, (64, 64), Sampling(steps=4, scale=2.0))
     assert len(seen) == 1
 
 
 def test_image_does_not_depend_on_the_batch(steered):
     c = steered.encode_prompts(["a", "b", "c"])
     n = steered.encode_prompts([""]).expand_as(c)
-    kw = dict(steps=3, seed=5, eta=0.5)
-    together = sampler.sample(steered, c, n, None, (64, 64), **kw)
-    third = sampler.sample(steered, c[2:], n[2:], None, (64, 64), first=2, **kw)
+    settings = Sampling(steps=3, seed=5, eta=0.5)
+    together = sampler.sample(steered, c, n, [], (64, 64), settings)
+    third = sampler.sample(steered, c[2:], n[2:], [], (64, 64), settings, first=2)
     assert torch.allclose(together[2:], third, atol=1e-4)
     assert not torch.allclose(together[0], together[1])
 
 
 def test_command_line(base, tmp_path, capsys):
-    import checkpoint
-
-    model = ControlLDM.from_file(base, attach=True, hint_channels=1)
+    model = load_model(ModelSource(base, attach=True, hint_channels=1))
     file = tmp_path / "m.safetensors"
-    checkpoint.save_safetensors(file, model.state_dict(), {"config": TINY.to_json()})
+    save_safetensors(file, model.state_dict(), {"config": TINY.to_json()})
     Image.fromarray(np.zeros((50, 70, 3), np.uint8)).save(tmp_path / "hint.png")
     out = tmp_path / "out"
     args = ["--model", str(file), "--prompt", "red circle", "--hint", str(tmp_path / "hint.png"), "--steps", "2"]
@@ -137,7 +149,7 @@ def test_command_line(base, tmp_path, capsys):
         assert image.size == (64, 64)
     with pytest.raises(ValueError, match="no such image"):
         sampler.main([*args, "--hint", str(tmp_path / "nothing.png"), "--out", str(out)])
-    with pytest.raises(CheckpointError, match="no ControlNet"):
+    with pytest.raises(CheckpointError, match="has no ControlNet"):
         sampler.main([*args, "--model", str(base), "--out", str(out)])
     sampler.main(
         [

@@ -1,0 +1,424 @@
+"""What does a run take: GPU memory, arithmetic, disk and time, without a GPU and without weights.
+
+    python train.py --plan --base sd15 --batch-size 4 --vram 8
+    python train.py --plan --base v1-5-pruned.safetensors --data data/fill50k --memory 6gb --rate 2.5
+    python train.py --plan --resume runs/fill50k                    the time, at the speed of the run's steps so far
+
+The trainer that would train is built on fake tensors, which have shapes and no content. It makes a forward pass, a
+backward pass and an update, while `MemoryTracker` counts the bytes that are alive. What CUDA needs beside the tensors
+is allowed for by the two constants below.
+"""
+
+import dataclasses
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import data
+from config import PRESETS, Config, resolve, validate
+from ldm import MODELS, PRECISIONS, ControlLDM, ModelConfig, compute_dtype_for
+from lowvram.offload import is_kept_on_cpu
+from lowvram.optimizer import AdamW
+from lowvram.process import GIB
+from training.cache import prepare_batch
+from training.distributed import Ranks
+from training.setup import Trainer, build_trainer, ema_weights, select_trainable, zero_grad
+from weights.source import ModelSource, read_model
+
+WORKSPACE = 0.25 * GIB  # of cuBLAS and cuDNN, part of what PyTorch allocates
+CUDA_CONTEXT = 0.6 * GIB  # driver, kernels, fragmentation: what a GPU cannot give to tensors
+
+
+# -------------------------------------------------------------------------------------------------- counting live bytes
+@dataclass
+class Peak:
+    """The most memory that was alive at once, in bytes, and its parts by kind."""
+
+    total: int = 0
+    parts: Counter = field(default_factory=Counter)
+
+
+class MemoryTracker(TorchDispatchMode):
+    """While entered, counts the bytes of the storages that are alive, by kind; `peak` is the most there was.
+
+    known: kind -> tensors that exist already. Whatever is made is an "activation" until `label` says otherwise. Tensors
+    that are kept on the CPU on purpose (`to_pinned_cpu`) do not count.
+    """
+
+    def __init__(self, known: Mapping[str, Iterable[Tensor]]):
+        super().__init__()
+        self.storages: dict[int, tuple[str, int]] = {}  # of each that is alive: kind, bytes
+        self.live, self.peak = Counter(), Peak()
+        for kind, tensors in known.items():
+            for t in tensors:
+                self.label(t, kind)
+
+    def label(self, t: Tensor, kind: str) -> None:
+        """Count the storage of `t` as `kind`."""
+        storage = t.untyped_storage()
+        key = storage._cdata
+        if is_kept_on_cpu(t) or (key in self.storages and self.storages[key][0] == kind):
+            return
+        size = -(-storage.nbytes() // 512) * 512  # CUDA's allocator gives multiples of 512 bytes
+        if key in self.storages:
+            self.live[self.storages[key][0]] -= size
+        else:
+            weakref.finalize(storage, self._freed, key)
+        self.storages[key] = kind, size
+        self.live[kind] += size
+        total = sum(self.live.values())
+        if total > self.peak.total:
+            self.peak = Peak(total, Counter(self.live))
+
+    def _freed(self, key: int) -> None:
+        kind, size = self.storages.pop(key)
+        self.live[kind] -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in self.storages:
+                self.label(t, "activations")
+        return out
+
+
+def measure(function: Callable[[MemoryTracker], None], known: Mapping[str, Iterable[Tensor]]) -> Peak:
+    """The peak memory of `function`, which is given the tracker to label what it makes.
+
+    known: kind -> tensors that exist before. With fake tensors nothing is computed and nothing is allocated.
+    """
+    tracker = MemoryTracker(known)
+    with tracker:
+        function(tracker)
+    return tracker.peak
+
+
+# ---------------------------------------------------------------------------------------------------------- prediction
+def fake_batch(config: Config, model_config: ModelConfig, size: tuple[int, int]) -> dict[str, Tensor]:
+    """A micro-batch as the loader would give it, uninitialised, of images of `size` (width, height)."""
+    b, (w, h), z = config.batch_size, size, model_config.vae.z_channels
+    latent_h, latent_w = h // model_config.vae_factor, w // model_config.vae_factor
+    batch = {
+        "hint": torch.empty(b, config.hint_channels, h, w),
+        "timesteps": torch.zeros(b, dtype=torch.int64),
+        "noise": torch.empty(b, z, latent_h, latent_w),
+        "posterior_noise": torch.empty(b, z, latent_h, latent_w),
+        "context": torch.empty(b, 77, model_config.text.width),
+    }
+    if config.cache:
+        return batch | {"moments": torch.empty(b, 2 * z, latent_h, latent_w)}
+    return batch | {"target": torch.empty(b, 3, h, w)}
+
+
+def backward(trainer: Trainer, batch: dict[str, Tensor], last: bool = True) -> None:
+    """The forward and backward pass of a micro-batch, the `last` of its step, as far as memory and arithmetic go."""
+    config, model = trainer.config, trainer.model
+    batch = prepare_batch(model, batch, config.device, config.encode_batch_size)
+    eps = model.predict(batch["latents"], batch["timesteps"], batch["context"], batch["hint"])
+    loss = F.mse_loss(eps.float(), batch["noise"])
+    with trainer.home.offload_grads(last):
+        trainer.scaler.scale(loss.to(trainer.home.device)).backward()
+
+
+def predict(config: Config, model_config: ModelConfig, size: tuple[int, int]) -> dict[str, Peak]:
+    """The most GPU memory that a run holds: "training", "drawing" and, with a cache, "caching" -> peak.
+
+    config: with a preset filled in (`resolve`). size: (width, height) of the images.
+    """
+    fake = lambda name: {"tf32": "fp32", "fp16": "bf16"}.get(name, name)  # of the same size, and known to every CPU
+    precision, trained_weights = fake(config.precision), fake(config.trained_weights)
+    config = dataclasses.replace(
+        config, device="cpu", precision=precision, trained_weights=trained_weights, compile=False
+    )
+    with FakeTensorMode():
+        model = ControlLDM(model_config, config.hint_channels).requires_grad_(False)
+        encoders = [*model.vae.parameters(), *model.text.parameters()]
+        for p in encoders:
+            p.data = p.data.to(PRECISIONS[precision])
+        trainer = build_trainer(config, model)
+        init_state(trainer.optimizer)
+        weights = lambda: weights_by_kind(trainer)
+        state = {} if config.optimizer_on_cpu else optimizer_memory(trainer)
+        make_batch = lambda: fake_batch(config, model_config, size)
+        for _ in range(2 if config.stream else 0):  # after two passes the streamer knows which block comes next
+            backward(trainer, make_batch())
+            zero_grad(trainer)
+        always = {} if config.cache else {"VAE and text encoder": encoders}
+        step = lambda tracker: fake_step(trainer, make_batch, tracker)
+        peaks = {"training": measure(step, weights() | always | state)}
+        if config.cache:
+            images = torch.empty(config.encode_batch_size, 3, size[1], size[0], dtype=PRECISIONS[precision])
+            peaks["caching"] = peak_without_grad(lambda: model.vae.moments(images), {"VAE and text encoder": encoders})
+        z = torch.empty(1, *make_batch()["noise"].shape[1:])
+
+        def draw() -> Tensor:
+            with ema_weights(trainer):
+                return model.decode(z)
+
+        decoder = [p for module in model.vae.decoding for p in module.parameters()]
+        peaks["drawing"] = peak_without_grad(draw, weights() | state | {"VAE": decoder})
+    for peak in peaks.values():
+        peak.total += int(WORKSPACE)
+        peak.parts["CUDA's workspaces (allowed)"] = int(WORKSPACE)
+    return peaks
+
+
+def weights_by_kind(trainer: Trainer) -> dict[str, list[Tensor]]:
+    """The weights of UNet and ControlNet, asked one by one whether they train: a block may have both kinds."""
+    kinds = {}
+    for name, module in (("ControlNet", trainer.model.control_model), ("UNet", trainer.model.unet)):
+        parameters = list(module.parameters())
+        kinds[f"trained {name}"] = [p for p in parameters if p.requires_grad]
+        kinds[f"frozen {name}"] = [p for p in parameters if not p.requires_grad]
+    return kinds
+
+
+def optimizer_memory(trainer: Trainer) -> dict[str, list[Tensor]]:
+    """What lies beside the weights for the sake of the optimizer's step."""
+    states = trainer.optimizer.state.values()
+    return {
+        "moving average": list(trainer.ema.values()),
+        "optimizer state": [v for state in states for v in state.values() if isinstance(v, Tensor)],
+    }
+
+
+def init_state(optimizer: torch.optim.Optimizer) -> None:
+    """Let the optimizer make its state, as its first step does."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if isinstance(optimizer, AdamW):
+        for p in parameters:
+            optimizer.init_state(p)
+    else:
+        for p in parameters:
+            p.grad = torch.empty_like(p)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def fake_step(trainer: Trainer, make_batch: Callable[[], dict[str, Tensor]], tracker: MemoryTracker) -> None:
+    """A step of training as far as memory is concerned."""
+    for p in trainer.trainable.values():
+        p.register_post_accumulate_grad_hook(lambda p: tracker.label(p.grad, "gradients"))
+    micro_batches = min(2, trainer.config.accumulate_grad_batches)  # the second finds the gradients of the first
+    for i in range(micro_batches):
+        backward(trainer, make_batch(), last=i + 1 == micro_batches)
+    trainer.home.wait_for_grads()
+    update_largest(trainer.optimizer)
+    trainer.home.upload_weights()
+    zero_grad(trainer)
+
+
+@torch.no_grad()
+def update_largest(optimizer: torch.optim.Optimizer) -> None:
+    """The optimizer's step as far as memory is concerned: our AdamW moves one parameter after the other, so the largest
+    one will do."""
+    if isinstance(optimizer, AdamW):
+        group = optimizer.param_groups[0]
+        largest = max(group["params"], key=lambda p: p.numel())
+        optimizer.update(largest, group["lr"], group["weight_decay"], group["betas"], group["eps"])
+    else:
+        optimizer.step()
+
+
+def peak_without_grad(function: Callable[[], Tensor], known: Mapping[str, Iterable[Tensor]]) -> Peak:
+    """The peak memory of `function` beside the tensors `known`, without a backward pass."""
+    with torch.no_grad():
+        return measure(lambda tracker: function(), known)
+
+
+def largest_peak(peaks: Mapping[str, Peak]) -> int:
+    """The most bytes that any part of a run takes."""
+    return max(peak.total for peak in peaks.values())
+
+
+def flops(config: Config, model_config: ModelConfig, size: tuple[int, int]) -> int:
+    """Floating-point operations of one image's part of a step: what the mathematics needs, with nothing computed twice,
+    without VAE and text encoder."""
+    plain = dict(batch_size=1, device="cpu", cache=True, compile=False, memory="fast", accumulate_grad_batches=1)
+    config = resolve(dataclasses.replace(config, **plain, **dict.fromkeys(PRESETS["fast"])), "fast")
+    with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
+        trainer = build_trainer(config, ControlLDM(model_config, config.hint_channels).requires_grad_(False))
+        with FlopCounterMode(display=False) as counter:
+            backward(trainer, fake_batch(config, model_config, size))
+    return counter.get_total_flops()
+
+
+# ------------------------------------------------------------------------------------------------------------- presets
+def choose_preset(config: Config, ranks: Ranks) -> Config:
+    """`config` with all settings about memory filled in from its preset, and checked.
+
+    "auto" becomes the fastest preset that fits into the GPU's free memory, the same on all ranks; on other devices
+    "fast". Raises CheckpointError for settings that exclude each other.
+    """
+    preset, all_given = config.memory, all(getattr(config, name) is not None for name in PRESETS["fast"])
+    if preset == "auto":
+        preset = "fast"
+        if "cuda" in config.device and torch.cuda.is_available() and config.base and not all_given:
+            free = ranks.min(torch.cuda.mem_get_info(config.device)[0])
+            fits = fastest_preset(config, *model_and_size(config), free)[0]
+            preset = fits or list(PRESETS)[-1]
+            reason = "the fastest preset that fits" if fits else "the leanest preset, although none fits"
+            print(f"--memory {preset}: {reason} into the {free / GIB:.1f} GiB of GPU memory that are free")
+    config = resolve(config, preset)
+    validate(config)
+    if compute_dtype_for(config.precision, config.device) != PRECISIONS[config.precision]:
+        print(f"this CPU has no instructions for {config.precision}: weights are kept in it, but computed with in fp32")
+    return config
+
+
+def fastest_preset(
+    config: Config, model_config: ModelConfig, size: tuple[int, int], gpu_bytes: float
+) -> tuple[str | None, dict[str, dict[str, Peak]]]:
+    """The first preset whose prediction fits into `gpu_bytes` of GPU memory (None if none does), and the predictions of
+    the presets that were tried."""
+    predictions = {}
+    for name in tqdm(PRESETS, desc="predicting memory", unit="preset", leave=False, disable=None):
+        predictions[name] = predict(resolve(config, name), model_config, size)
+        if largest_peak(predictions[name]) + CUDA_CONTEXT <= gpu_bytes:
+            return name, predictions
+    return None, predictions
+
+
+def model_and_size(config: Config) -> tuple[ModelConfig, tuple[int, int]]:
+    """The model that `config.base` is, a file or a name in MODELS, and the (width, height) of its training images."""
+    if config.base in MODELS and not Path(config.base).exists():
+        model_config = MODELS[config.base]
+    else:
+        model_config = read_model(ModelSource(config.base, prediction=config.prediction))[1]
+    if config.resolution:
+        wanted = data.parse_resolution(config.resolution)
+    elif config.data and Path(config.data).exists():
+        wanted = data.FolderDataset(config.data, None, config.hint_channels, config.hint_resample).sizes(0)[1]
+    else:
+        wanted = (model_config.resolution, model_config.resolution)
+    return model_config, data.fit_size(wanted, model_config.multiple)
+
+
+def gpu_memory(device: str) -> int:
+    """Bytes of the memory of a GPU, free or not."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def suggest_flags(config: Config) -> str:
+    """After the GPU ran out of memory: the flags of train.py that would have fitted, and their memory, in words.
+
+    config: with a preset filled in (`resolve`).
+    """
+    model_config, size = model_and_size(config)
+    unset = dataclasses.replace(config, **dict.fromkeys(PRESETS["fast"]))
+    leaner = list(PRESETS)[list(PRESETS).index(config.memory) + 1 if config.memory in PRESETS else 1 :]
+    options = [(f"--memory {name}", resolve(unset, name)) for name in leaner]
+    if config.batch_size > 1:
+        single = dict(batch_size=1, accumulate_grad_batches=config.accumulate_grad_batches * config.batch_size)
+        flags = f"--batch-size 1 --accumulate-grad-batches {single['accumulate_grad_batches']}"
+        both = [(f"{preset} {flags}", dataclasses.replace(changed, **single)) for preset, changed in options]
+        options = [(flags, dataclasses.replace(config, **single)), *options, *both]
+    needs = []
+    for flags, changed in options:
+        needs.append((largest_peak(predict(changed, model_config, size)) + CUDA_CONTEXT, flags))
+        if needs[-1][0] <= gpu_memory(config.device):
+            return f"{flags} takes {needs[-1][0] / GIB:.1f} GiB"
+    if not needs:
+        return "a smaller --resolution takes less"
+    least, flags = min(needs)
+    return f"the leanest is {flags}, {least / GIB:.1f} GiB"
+
+
+def describe_memory(config: Config) -> str:
+    """The settings about memory, in words."""
+    words = [config.precision]
+    words += ["gradient checkpointing"] if config.gradient_checkpointing else []
+    words += [f"trained weights in {config.trained_weights}"] if config.trained_weights != "fp32" else []
+    words += [f"moments in {config.optimizer_bits} bits"] if config.optimizer_bits != 32 else []
+    words += ["optimizer on the CPU"] if config.optimizer_on_cpu else []
+    return ", ".join(words + (["frozen blocks streamed"] if config.stream else []))
+
+
+# ---------------------------------------------------------------------------------------------------------------- plan
+def plan(config: Config, vram: float | None = None, rate: float | None = None) -> str:
+    """What training as `config` says would take, as a page of text.
+
+    vram: GiB of the GPU in question. rate: images a second, to tell the time. Raises CheckpointError or DataError for
+    what cannot be trained on.
+    """
+    model_config, size = model_and_size(config)
+    if vram is None and config.memory == "auto" and "cuda" in config.device and torch.cuda.is_available():
+        vram = gpu_memory(config.device) / GIB
+    # a resumed run has all settings about memory fixed: unset them, to compare the presets
+    unset = config if config.memory == "auto" else dataclasses.replace(config, **dict.fromkeys(PRESETS["fast"]))
+    fits, predictions = fastest_preset(unset, model_config, size, vram * GIB) if vram else (None, {})
+    preset = config.memory if config.memory != "auto" else fits or (list(PRESETS)[-1] if vram else "fast")
+    peaks = predictions.get(preset) if unset is config else None
+    config = resolve(config, preset)
+    validate(dataclasses.replace(config, device="cpu"))
+    peaks = peaks or predict(config, model_config, size)
+    step, images = peaks["training"], config.batch
+    lines = [
+        f"{model_config.name} at {size[0]}x{size[1]}, batch {config.batch_size} x {config.accumulate_grad_batches}, "
+        f"--memory {preset}: {describe_memory(config)}",
+        f"GPU memory, training  {step.total / GIB:6.2f} GiB predicted; at its peak:",
+    ]
+    lines += [f"    {count / GIB:6.2f}  {kind}" for kind, count in step.parts.most_common() if count > 5e6]
+    lines += [f"GPU memory, {name:9} {peak.total / GIB:6.2f} GiB" for name, peak in peaks.items() if name != "training"]
+    lines.append(f"CPU memory            {cpu_memory(config, model_config) / GIB:6.2f} GiB beside the program")
+    per_image = flops(config, model_config, size)
+    lines.append(
+        f"arithmetic            {per_image * images / 1e12:6.2f} TFLOP a step, {per_image / 1e12:.2f} an image"
+    )
+    if config.cache and data.is_dataset(config.data):
+        disk = sum(cache_size(config, model_config, size))
+        lines.append(f"disk, cache           {disk / GIB:6.2f} GiB in {config.cache_dir}")
+    if rate:
+        hours = config.steps * images / rate / 3600
+        lines.append(f"time                  {hours:6.1f} h for {config.steps} steps at {rate:g} images/s")
+    if vram:
+        needs = ", ".join(f"{name} {largest_peak(found) / GIB:.1f}" for name, found in predictions.items())
+        verdict = f"--memory {fits} is the fastest preset that fits" if fits else "none of the presets fits"
+        lines.append(f"{vram:g} GiB, of which CUDA itself takes {CUDA_CONTEXT / GIB:.1f}: {verdict} ({needs})")
+        if not fits:
+            lines.append("    a smaller --resolution or --batch-size 1 (with --accumulate-grad-batches) takes less")
+    return "\n".join(lines)
+
+
+def cpu_memory(config: Config, model_config: ModelConfig) -> int:
+    """Bytes that training takes in the CPU's memory, beside the program.
+
+    These are the VAE's decoder while it waits for the next picture, the optimizer (weights, gradients, moments) and the
+    streamed blocks; or, if that is more, the whole model while it is loaded. Pinned memory comes in powers of two.
+    """
+    with torch.device("meta"):
+        model = ControlLDM(model_config, config.hint_channels)
+    trained = [p.numel() for p in select_trainable(model, config).values()]
+    frozen = [p.numel() for p in model.unet.parameters() if not p.requires_grad]
+    pinned = lambda counts, width: sum(1 << (n * width - 1).bit_length() for n in counts)
+    width = PRECISIONS[config.precision].itemsize
+    training = width * sum(p.numel() for module in model.vae.decoding for p in module.parameters()) * config.cache
+    if config.optimizer_on_cpu:
+        moments = 2 * config.optimizer_bits // 8
+        training += 2 * pinned(trained, 4) + sum(trained) * (moments + 4 * bool(config.ema_decay))
+    if config.stream:
+        training += pinned(frozen, width)
+    loading = 4 * sum(p.numel() for p in model.parameters()) + config.optimizer_on_cpu * 2 * pinned(trained, 4)
+    return max(training, loading)
+
+
+def cache_size(config: Config, model_config: ModelConfig, size: tuple[int, int]) -> tuple[int, int]:
+    """Bytes on disk of the latents and of the contexts of the data set, at most: equal images are cached once."""
+    dataset = data.FolderDataset(config.data, size, config.hint_channels, config.hint_resample)
+    moments = size[0] * size[1] // model_config.vae_factor**2 * 2 * model_config.vae.z_channels
+    prompts = len({dataset.prompt(i) for i in range(len(dataset))} | {""})
+    width = PRECISIONS[config.precision].itemsize
+    return len(dataset) * moments * width, prompts * 77 * model_config.text.width * width

@@ -1,0 +1,282 @@
+"""How the tiny base model was made: a very small Stable Diffusion, trained from scratch on circles.
+
+    python -m toy.pretrain     write models/tiny_sd.safetensors (make pretrain); stages and pictures go to runs/pretrain
+
+Training has the stages of Stable Diffusion's. First the VAE learns to encode images as latents and to decode them. Then
+text encoder and UNet learn together to denoise latents from prompts: any circle in any named colour, anywhere. Last,
+the VAE's decoder alone is fine-tuned at full size on slightly noisy latents, such as a sampler delivers, while the
+encoder, and with it the meaning of the latents, stays. The model cannot know *where* the circle goes: a ControlNet can
+teach it.
+
+Each stage saves its weights in the work folder and is skipped if they are there already, so an interrupted run goes on
+with the stage that it was in.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import data
+import sampler
+from ldm import TINY, ControlLDM
+from toy import circles
+from training.records import save_grid, to_uint8
+from vae import AutoencoderKL, sample_posterior
+from weights import load_state_dict
+from weights.spelling import TEXT, UNET, VAE
+from weights.writing import save_safetensors
+
+SIZE = TINY.resolution
+HELD_OUT = circles.held_out(32, seed=77)
+
+
+def to_images(drawn: Iterable[np.ndarray]) -> Tensor:
+    """Stack B pictures (H,W,3) uint8 as images (B,3,H,W) in [-1,1]."""
+    return torch.stack([data.to_tensor(picture.astype(np.float32) / 127.5 - 1) for picture in drawn])
+
+
+def targets(seed: int, start: int, count: int) -> Tensor:
+    """Targets of circles start, start + 1, ... of a seed: (count,3,SIZE,SIZE) in [-1,1]."""
+    return to_images(circles.random_circle(seed, i).draw(SIZE)[1] for i in range(start, start + count))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training: the loss of a step, the parameters that move, and a report in words now and then."""
+
+    name: str
+    parameters: list[nn.Parameter]
+    loss: Callable[[int], Tensor]  # step -> loss
+    report: Callable[[int], str]  # called with the number of finished steps
+    after_step: Callable[[], None] = lambda: None
+
+    def train(self, steps: int, learning_rate: float, warmup: int = 100, report_every: int = 500) -> None:
+        """Run `steps` steps of AdamW with `warmup` steps of rising learning rate and a cosine down to a hundredth."""
+        optimizer = torch.optim.AdamW(
+            self.parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
+        )
+        mean = None
+        with tqdm(total=steps, desc=self.name, unit="step") as bar:
+            for step in range(steps):
+                cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate * min(1, (step + 1) / warmup) * (0.01 + 0.99 * cosine)
+                loss = self.loss(step)
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+                optimizer.step()
+                self.after_step()
+                mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
+                bar.set_postfix_str(f"loss {mean:.4f}")
+                bar.update()
+                if (step + 1) % report_every == 0 or step + 1 == steps:
+                    with torch.no_grad():
+                        tqdm.write(f"{self.name}, step {step + 1}: loss {mean:.4f}, {self.report(step + 1)}")
+
+
+# ----------------------------------------------------------------------------------------------------------- the VAE
+def initialize_vae(vae: AutoencoderKL) -> None:
+    """Set weights with which convolutions keep the scale of their input, residual branches are weak (a factor of 0.3),
+    and posteriors are narrow.
+
+    PyTorch's own initialization shrinks activations by a factor of 3 a layer; from there the normalization layers take
+    thousands of steps to learn what a flat colour is.
+    """
+    for name, p in vae.named_parameters():
+        if p.ndim == 4:
+            nn.init.kaiming_normal_(p, nonlinearity="linear")
+            if name.endswith(("conv2.weight", "attn_1.proj_out.weight")):
+                p.data *= 0.3
+    z = vae.config.z_channels
+    vae.quant_conv.weight.data[z:] *= 0.1
+    vae.quant_conv.bias.data[z:] = -6.0  # log-variance
+
+
+def round_trip_report(vae: AutoencoderKL, out: Path, name: str) -> Callable[[int], str]:
+    """A report on encoding and decoding held-out circles: their IoU, their error, and the picture `out`/NAME.png."""
+    drawn = [circle.draw(SIZE)[1] for circle in HELD_OUT]
+    images, captions = to_images(drawn), [circle.prompt for circle in HELD_OUT[:6]]
+
+    def report(step: int) -> str:
+        decoded = torch.cat([vae.decode(vae.moments(few).chunk(2, 1)[0]) for few in images.split(8)])
+        pictures = to_uint8(decoded)
+        verdicts = [circles.measure(picture, circle) for picture, circle in zip(pictures, HELD_OUT, strict=True)]
+        save_grid(out / f"{name}.png", {"target": drawn[:6], "round trip": pictures[:6]}, captions)
+        iou = np.mean([v.iou for v in verdicts])
+        right = np.mean([v.color_right and v.background_right for v in verdicts])
+        error = F.mse_loss(decoded, images).item()
+        return f"round trip: IoU {iou:.4f}, {10 * math.log10(4 / error):.1f} dB, both colours right in {right:.0%}"
+
+    return report
+
+
+def train_vae(vae: AutoencoderKL, out: Path, steps: int) -> None:
+    """Train encoder and decoder together, on crops of half the side: four times as many steps in the same time."""
+    initialize_vae(vae)
+    batch_size, side = 8, SIZE // 2
+
+    def loss(step: int) -> Tensor:
+        rng = np.random.default_rng([1, step])
+        images = targets(1, step * batch_size, batch_size)
+        corners = rng.integers(0, SIZE - side + 1, (batch_size, 2))
+        x = torch.stack([im[:, y : y + side, x : x + side] for im, (y, x) in zip(images, corners, strict=True)])
+        mean, log_var = vae.moments(x).chunk(2, 1)
+        z = sample_posterior(torch.cat([mean, log_var], 1), torch.randn_like(mean))
+        decoded = vae.decode(z)
+        kl = 0.5 * (mean**2 + log_var.exp() - 1 - log_var).mean()
+        return F.l1_loss(decoded, x) + F.mse_loss(decoded, x) + 1e-4 * kl
+
+    Stage("VAE", list(vae.parameters()), loss, round_trip_report(vae, out, "vae")).train(steps, 1e-3)
+
+
+@torch.no_grad()
+def normalize_latents(vae: AutoencoderKL, images: int = 256) -> None:
+    """Fold a shift and a scale into the two 1x1 convolutions before and after the latents, so that each channel of the
+    latents has mean 0 and variance 1 and the model's scale factor is 1. Measured on `images` circles."""
+    z = vae.config.z_channels
+    means = torch.cat([vae.moments(targets(2, i, 32))[:, :z] for i in range(0, images, 32)])
+    mu, scale = means.mean((0, 2, 3)), 1 / means.std((0, 2, 3))
+    before, after = vae.quant_conv, vae.post_quant_conv
+    before.weight[:z] *= scale.view(-1, 1, 1, 1)
+    before.bias[:z] = (before.bias[:z] - mu) * scale
+    before.bias[z:] += 2 * scale.log()
+    after.bias += after.weight[:, :, 0, 0] @ mu
+    after.weight /= scale.view(1, -1, 1, 1)
+
+
+def finetune_decoder(vae: AutoencoderKL, out: Path, steps: int) -> None:
+    """Train the decoder alone, at full size, on latents with a little noise."""
+    vae.requires_grad_(False)
+    trainable = [*vae.post_quant_conv.parameters(), *vae.decoder.parameters()]
+    for p in trainable:
+        p.requires_grad_(True)
+    batch_size = 4
+
+    def loss(step: int) -> Tensor:
+        x = targets(3, step * batch_size, batch_size)
+        with torch.no_grad():
+            mean, _ = vae.moments(x).chunk(2, 1)
+        decoded = vae.decode(mean + 0.05 * torch.randn_like(mean))
+        return F.l1_loss(decoded, x) + F.mse_loss(decoded, x)
+
+    Stage("decoder", trainable, loss, round_trip_report(vae, out, "decoder")).train(steps, 5e-4)
+    vae.requires_grad_(True)
+
+
+# ----------------------------------------------------------------------------------------------- text encoder and UNet
+def train_base(model: ControlLDM, out: Path, steps: int, cycle: int, bias: float, items: int = 8192) -> None:
+    """Train text encoder and UNet together on the latents of `items` circles; a tenth of the prompts is left empty, for
+    classifier-free guidance. The result is the moving average of the weights.
+
+    Cycle 0 begins with new weights; each later cycle goes on from the moving average of the last one, with circles of
+    its own and the learning rate up again (warm restarts: Loshchilov & Hutter 2017, arXiv:1608.03983). Timesteps are
+    1000 u^bias: a bias below 1 prefers high noise, where the base decides how many circles there are, and where.
+
+    The model predicts the velocity, as SD 2.1 at 768 px does, and its schedule ends in more noise than Stable
+    Diffusion's: a flat circle shows through a lot of noise, so whatever the prompt (and later the hint) decides is
+    decided at the first sampling steps, where a loss on eps has next to no weight.
+    """
+    batch_size, drop_prompt, decay = 32, 0.1, 0.998
+    embeddings = model.text.text_model.embeddings
+    if cycle == 0:
+        nn.init.normal_(embeddings.token_embedding.weight, std=0.02)
+        nn.init.normal_(embeddings.position_embedding.weight, std=0.02)
+    model.vae.requires_grad_(False)
+    moments = []
+    with torch.no_grad():
+        for start in tqdm(range(0, items, batch_size), desc="encoding circles", unit="batch"):
+            moments.append(model.vae.moments(targets(4 + cycle, start, batch_size)))
+    moments = torch.cat(moments)
+    ids = model.tokenizer([circles.random_circle(4 + cycle, i).prompt for i in range(items)])
+    empty, alphas = model.tokenizer("")[0], sampler.alphas_cumprod(TINY)
+    trainable = nn.ModuleList([model.unet, model.text])
+    ema = {k: v.clone() for k, v in trainable.state_dict().items()}
+
+    def loss(step: int) -> Tensor:
+        chosen = torch.randint(items, (batch_size,))
+        x0 = model.sample_latents(moments[chosen], torch.randn(batch_size, 4, *moments.shape[2:]))
+        tokens = torch.where(torch.rand(batch_size, 1) < drop_prompt, empty, ids[chosen])
+        noise, t = torch.randn_like(x0), (TINY.timesteps * torch.rand(batch_size) ** bias).long()
+        v = model.unet(sampler.q_sample(x0, noise, alphas[t]), t, model.text(tokens))
+        return F.mse_loss(v, sampler.velocity(x0, noise, alphas[t]))
+
+    def update_ema() -> None:
+        for k, v in trainable.state_dict().items():
+            ema[k].lerp_(v, 1 - decay)
+
+    def report(step: int) -> str:
+        current = {k: v.clone() for k, v in trainable.state_dict().items()}
+        trainable.load_state_dict(ema)
+        shown = HELD_OUT[:16]
+        pictures = circles.draw_all(model, shown, False, SIZE, 20)
+        save_grid(out / f"base-{cycle}-{step:05d}.png", {str(i): pictures[i::4] for i in range(4)})
+        trainable.load_state_dict(current)
+        verdicts = [circles.measure(picture, circle) for picture, circle in zip(pictures, shown, strict=True)]
+        return f"both colours right in {np.mean([v.color_right and v.background_right for v in verdicts]):.0%}"
+
+    Stage("base", list(trainable.parameters()), loss, report, update_ema).train(steps, 1e-3)
+    trainable.load_state_dict(ema)
+    seen = torch.zeros(len(embeddings.token_embedding.weight), dtype=torch.bool)
+    seen[ids.unique()] = True
+    embeddings.token_embedding.weight.data[~seen] = 0  # tokens that no circle's prompt has mean nothing
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m toy.pretrain", description="Train the tiny base model from scratch on circles.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--out", default="models/tiny_sd.safetensors", help="file of the finished model")
+    add("--work", default="runs/pretrain", help="folder for the weights and pictures of the stages")
+    add("--vae-steps", type=int, default=6000, help="training steps of the VAE")
+    add("--base-steps", type=int, nargs="+", default=[4000, 7000, 7000],
+        help="training steps of text encoder and UNet, cycle by cycle")  # fmt: skip
+    add("--base-bias", type=float, nargs="+", default=[1.0, 1.0, 0.75],
+        help="bias of the timesteps 1000 u^bias, cycle by cycle; below 1 prefers high noise")  # fmt: skip
+    add("--decoder-steps", type=int, default=600, help="fine-tuning steps of the VAE's decoder")
+    add("--seed", type=int, default=0, help="seed of weights and noise")
+    args = parser.parse_args(argv)
+    if len(args.base_bias) != len(args.base_steps):
+        parser.error(f"--base-steps has {len(args.base_steps)} cycles, --base-bias {len(args.base_bias)}")
+    torch.manual_seed(args.seed)
+    work = Path(args.work)
+    work.mkdir(parents=True, exist_ok=True)
+    model = ControlLDM(TINY, hint_channels=None)
+
+    def run_stage(name: str, prefixes: tuple[str, ...], train: Callable[[], None]) -> None:
+        file = work / f"{name}.safetensors"
+        if file.exists():
+            model.load_state_dict(load_state_dict(file), strict=False)
+            print(f"{name}: was finished before ({file})")
+            return
+        torch.manual_seed(data.derive_seed(name, args.seed))  # so that an interruption does not change the noise
+        train()
+        save_safetensors(file, {k: v for k, v in model.state_dict().items() if k.startswith(prefixes)})
+
+    def train_and_normalize_vae() -> None:
+        train_vae(model.vae, work, args.vae_steps)
+        normalize_latents(model.vae)
+
+    run_stage("vae", (VAE,), train_and_normalize_vae)
+    for cycle, (steps, bias) in enumerate(zip(args.base_steps, args.base_bias, strict=True)):
+        run_stage(f"base-{cycle}", (UNET, TEXT), partial(train_base, model, work, steps, cycle, bias))
+    run_stage("decoder", (VAE,), partial(finetune_decoder, model.vae, work, args.decoder_steps))
+    weights = {k: v.half() for k, v in model.state_dict().items()}
+    save_safetensors(args.out, weights, {"config": TINY.to_json(), "license": "MIT"})
+    print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

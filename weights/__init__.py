@@ -1,0 +1,11 @@
+"""Weights in files: reading safely, writing whole, other spellings of the key names, and models put together.
+
+reading, writing, runs      files and folders; original key names, whatever the format
+spelling, diffusers_folder  the names and configurations that diffusers and transformers use
+source                      `load_model(ModelSource(...))`: which model this is, put together from which files
+"""
+
+from weights.reading import CheckpointError, load_state_dict
+from weights.source import ModelSource, load_model
+
+__all__ = ["CheckpointError", "ModelSource", "load_model", "load_state_dict"]

@@ -1,0 +1,182 @@
+"""A model as diffusers and transformers read it from a folder.
+
+    model_index.json                  which class reads which folder
+    scheduler/scheduler_config.json   the noise schedule
+    unet/ vae/ controlnet/            config.json, diffusion_pytorch_model.safetensors
+    text_encoder/ tokenizer/          config.json, model.safetensors; vocab.json, merges.txt, ...
+
+The `*_config` functions return the JSON beside the weights, in diffusers' words (what diffusers calls the dimension of
+the attention heads is, for these models, their number). `diffusers_folder` and `control_folder` return whole folders
+as dictionaries: file name -> JSON, text, or tensors.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from clip_text import TextConfig, tokenizer_files
+from ldm import ModelConfig
+from unet import UNetConfig
+from vae import VAEConfig
+from weights.reading import CheckpointError
+from weights.source import hint_widths_of, missing_weights, strip_prefix
+from weights.spelling import (
+    CONTROL,
+    TEXT,
+    UNET,
+    VAE,
+    control_table,
+    text_to_transformers,
+    to_diffusers,
+    unet_levels,
+    unet_table,
+    vae_table,
+)
+
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+
+
+def diffusers_folder(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Any]:
+    """The diffusers folder of a whole model, with or without ControlNet: file name -> JSON, text, or tensors."""
+    if missing := missing_weights(state, config, whole=True):
+        raise CheckpointError(f"not a whole model: {missing[0]}")
+    control = {k: v for k, v in state.items() if k.startswith(CONTROL)}
+    side, layers = config.resolution, config.text.layers - config.text.penultimate
+    upcast_attention = config.unet.use_linear_in_transformer and config.prediction == "v"
+    files = {
+        "model_index.json": model_index(bool(control)),
+        "scheduler/scheduler_config.json": scheduler_config(config),
+        "unet/config.json": unet_config(config.unet, side // config.vae_factor, upcast_attention),
+        f"unet/{WEIGHTS_FILE}": to_diffusers(strip_prefix(state, UNET), unet_table(*unet_levels(config.unet))),
+        "vae/config.json": vae_config(config.vae, config.scale_factor, side),
+        f"vae/{WEIGHTS_FILE}": to_diffusers(
+            strip_prefix(state, VAE), vae_table(len(config.vae.ch_mult), config.vae.num_res_blocks)
+        ),
+        "text_encoder/config.json": text_config(config.text),
+        "text_encoder/model.safetensors": text_to_transformers(strip_prefix(state, TEXT), layers),
+    }
+    files |= {f"tokenizer/{name}": text for name, text in tokenizer_files(config.pad).items()}
+    return files | ({f"controlnet/{k}": v for k, v in control_folder(control, config).items()} if control else {})
+
+
+def control_folder(control: dict[str, Tensor], config: ModelConfig) -> dict[str, Any]:
+    """The diffusers folder of a ControlNet (keys `control_model.*`): file name -> JSON or tensors."""
+    control = strip_prefix(control, CONTROL)
+    hint_channels = control["input_hint_block.0.weight"].shape[1]
+    return {
+        "config.json": control_config(config.unet, hint_channels, hint_widths_of(control)),
+        WEIGHTS_FILE: to_diffusers(control, control_table(*unet_levels(config.unet))),
+    }
+
+
+def unet_config(config: UNetConfig, sample_size: int, upcast_attention: bool = False) -> dict[str, Any]:
+    """`unet/config.json`. `sample_size`: the side of the latents.
+
+    `upcast_attention`: attention computes in float32 also in an fp16 model, as SD 2.1 at 768 px needs it.
+    """
+    levels, blocks, attention_levels = unet_levels(config)
+    channels = [config.model_channels * m for m in config.channel_mult]
+    block_types = lambda order, direction: [
+        ("CrossAttn" if i in attention_levels else "") + f"{direction}Block2D" for i in order
+    ]
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "sample_size": sample_size,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "block_out_channels": channels,
+        "layers_per_block": blocks,
+        "down_block_types": block_types(range(levels), "Down"),
+        "up_block_types": block_types(reversed(range(levels)), "Up"),
+        "attention_head_dim": [config.heads(c) for c in channels],
+        "cross_attention_dim": config.context_dim,
+        "use_linear_projection": config.use_linear_in_transformer,
+        "upcast_attention": upcast_attention,
+        "norm_num_groups": config.norm_groups,
+        "norm_eps": 1e-5,
+        "act_fn": "silu",
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "downsample_padding": 1,
+    }
+
+
+def control_config(config: UNetConfig, hint_channels: int, hint_widths: tuple[int, ...]) -> dict[str, Any]:
+    """`config.json` of a ControlNet's folder."""
+    decoder_only = ("sample_size", "out_channels", "up_block_types")
+    return {k: v for k, v in unet_config(config, 0).items() if k not in decoder_only} | {
+        "_class_name": "ControlNetModel",
+        "conditioning_channels": hint_channels,
+        "conditioning_embedding_out_channels": list(hint_widths),
+        "controlnet_conditioning_channel_order": "rgb",
+    }
+
+
+def vae_config(config: VAEConfig, scale_factor: float, sample_size: int) -> dict[str, Any]:
+    """`vae/config.json`. `sample_size`: the side of the images in pixels."""
+    levels = len(config.ch_mult)
+    return {
+        "_class_name": "AutoencoderKL",
+        "sample_size": sample_size,
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": config.z_channels,
+        "block_out_channels": [config.ch * m for m in config.ch_mult],
+        "layers_per_block": config.num_res_blocks,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "norm_num_groups": config.norm_groups,
+        "act_fn": "silu",
+        "scaling_factor": scale_factor,
+    }
+
+
+def text_config(config: TextConfig) -> dict[str, Any]:
+    """`text_encoder/config.json`, for transformers."""
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.layers - config.penultimate,
+        "num_attention_heads": config.heads,
+        "hidden_act": config.activation,
+        "projection_dim": config.width,
+        "max_position_embeddings": 77,
+        "vocab_size": 49408,
+        "bos_token_id": 49406,
+        "eos_token_id": 49407,
+        "pad_token_id": 1,
+        "layer_norm_eps": 1e-5,
+    }
+
+
+def scheduler_config(config: ModelConfig) -> dict[str, Any]:
+    """`scheduler/scheduler_config.json`: DDIM with the original's spacing, or with the one that zero SNR needs."""
+    return {
+        "_class_name": "DDIMScheduler",
+        "beta_start": config.linear_start,
+        "beta_end": config.linear_end,
+        "beta_schedule": "scaled_linear",
+        "num_train_timesteps": config.timesteps,
+        "prediction_type": {"eps": "epsilon", "v": "v_prediction"}[config.prediction],
+        "timestep_spacing": "trailing" if config.zero_terminal_snr else "leading",
+        "rescale_betas_zero_snr": config.zero_terminal_snr,
+        "steps_offset": 1,
+        "set_alpha_to_one": False,
+        "clip_sample": False,
+    }
+
+
+def model_index(control: bool) -> dict[str, Any]:
+    """`model_index.json`: which class reads which folder. `control`: the folder has a ControlNet."""
+    components = {
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    } | ({"controlnet": ["diffusers", "ControlNetModel"]} if control else {})
+    absent = {"safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None]}
+    pipeline = "StableDiffusionControlNetPipeline" if control else "StableDiffusionPipeline"
+    return {"_class_name": pipeline, "requires_safety_checker": False} | components | absent
