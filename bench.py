@@ -45,6 +45,7 @@ from sampler import Control, Sampling, sample
 from toy import circles
 from training import cache
 from training.distributed import Ranks
+from training.interruption import Interruption
 from training.records import to_uint8
 from training.setup import build_trainer
 from weights import CheckpointError, diffusers_folder
@@ -83,7 +84,7 @@ class OurStep:
     def __call__(self) -> None:
         self.trainer.config.steps = self.trainer.step + 1
         with contextlib.redirect_stderr(io.StringIO()):  # where the loop shows no progress bar
-            train.training_loop(self.trainer, self.batches, self.loss, Ranks(), None, lambda: True)
+            train.training_loop(self.trainer, self.batches, self.loss, Ranks(), None, lambda: True, Interruption())
 
 
 def diffusers_step(config: Config, name: str) -> Callable[[], None]:
@@ -156,7 +157,7 @@ def diffusers_image(config: Config, name: str) -> Callable[[], None]:
 
     side, dtype = int(config.resolution), PRECISIONS[config.precision]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        files = diffusers_folder.diffusers_folder(random_model(name).state_dict(), MODELS[name])
+        files = diffusers_folder.diffusers_folder(name, random_model(name).state_dict(), MODELS[name])
         merge.save_folder(f"{folder}/model", files, {}, False)
         pipeline = StableDiffusionControlNetPipeline.from_pretrained(f"{folder}/model", dtype=dtype)
     pipeline.to(config.device).set_progress_bar_config(disable=True)

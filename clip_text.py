@@ -89,6 +89,10 @@ class Tokenizer:
             row[: len(framed)] = torch.tensor(framed)
         return ids
 
+    def count(self, prompts: list[str]) -> list[int]:
+        """How many tokens each prompt has, without start and end: what is beyond 75 is cut."""
+        return [len(encoding.ids) for encoding in self.bpe.encode_batch(prompts, add_special_tokens=False)]
+
 
 def tokenizer_files(pad: str) -> dict[str, str]:
     """The files of transformers' `CLIPTokenizer` (name -> text) that tokenizes as `Tokenizer(pad)` does."""

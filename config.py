@@ -7,6 +7,8 @@ help text, and its choices or its range. Later sources win: defaults, then the d
 import argparse
 import dataclasses
 import math
+import os
+import re
 import types
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +21,8 @@ import torch
 import data
 from ldm import PRECISIONS
 from training.distributed import world_size
-from weights.runs import load_run
+from training.images import MAX_MEGAPIXELS
+from weights.runs import load_run, run_of
 
 TINY_BASE = Path(__file__).parent / "models" / "tiny_sd.safetensors"
 # `--memory`: the values of all settings about memory that are not given one by one. From the fastest to the leanest.
@@ -48,6 +51,34 @@ class ConfigError(ValueError):
     """A setting that cannot be; the message names the flag, its value and what to do, in one line."""
 
 
+def default_device() -> str:
+    """The device that computes if none is named: a GPU by CUDA, a GPU by MPS (Apple), otherwise the CPU."""
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def device(name: str) -> str:
+    """`name`, if it is a device that this PyTorch can compute on. Otherwise raises argparse.ArgumentTypeError."""
+    try:
+        kind, index = torch.device(name).type, torch.device(name).index or 0
+    except RuntimeError:
+        kind, index = "", 0
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if kind not in there:
+        raise argparse.ArgumentTypeError(f"{name!r} is not a device; cpu, cuda, cuda:1 and mps are")
+    if index >= there[kind]:
+        found = f"{there[kind]} of them" if there[kind] else "none"
+        raise argparse.ArgumentTypeError(f"{name}: this PyTorch sees {found}; --device cpu works everywhere, slowly")
+    return name
+
+
+def check_device(name: str) -> None:
+    """ConfigError unless `name` is a device that this PyTorch can compute on."""
+    try:
+        device(name)
+    except argparse.ArgumentTypeError as e:
+        raise ConfigError(f"--device {e}") from e
+
+
 def setting(
     default: Any, group: str, text: str, choices: Sequence[Any] | None = None, low: float = -INF, high: float = INF
 ) -> Any:
@@ -71,10 +102,26 @@ class Config:
     out: str = setting("", "model and data", "folder of the run (default: runs/ and the name of the data folder)")
     resolution: str = setting("", "model and data", "size of the images, N or WxH (default: that of the first target)")
     hint_channels: int = setting(
-        3, "model and data", "channels of the hint images: 1, 3 or 4; any number from .npy files", low=1
+        3, "model and data", "channels of the hint images: 1, 3 or 4; any number from .npy files", low=1, high=1024
     )
     hint_resample: str = setting(
         "area", "model and data", "filter that resizes hints; nearest is for label maps", ("area", "nearest")
+    )
+    hint_ground: str = setting(
+        "auto", "model and data", "what transparent hints are laid on; auto: the ground on which they can be seen",
+        ("auto", "black", "white"),
+    )  # fmt: skip
+    hint_scale: float = setting(
+        0.0, "model and data",
+        "value of the hint files that becomes white, for depth in mm or class numbers; 0: the largest of the format",
+        low=0,
+    )  # fmt: skip
+    skip_bad_rows: bool = setting(
+        False, "model and data", "train without the rows whose files cannot be read, instead of refusing the data set"
+    )
+    follow_links: bool = setting(False, "model and data", "follow links in the data folder that lead out of it")
+    max_megapixels: float = setting(
+        MAX_MEGAPIXELS, "model and data", "largest image that is decoded, in megapixels", low=1e-6
     )
     prediction: str = setting(
         "auto", "model and data", "what the UNet predicts; SD 2.1 at 768 px needs v, which its file does not say",
@@ -103,6 +150,9 @@ class Config:
     )
     learning_rate: float = setting(1e-5, "optimization", "learning rate of AdamW", low=0)
     warmup_steps: int = setting(0, "optimization", "steps over which the learning rate rises from 0", low=0)
+    lr_steps: int = setting(
+        0, "optimization", "steps over which the learning rate falls; 0: --steps, and on resume as before", low=0
+    )
     lr_schedule: str = setting(
         "constant", "optimization", "learning rate after the warm-up", ("constant", "linear", "cosine")
     )
@@ -126,7 +176,7 @@ class Config:
         0, "optimization",
         "seed of all randomness, together with the number of the sample", low=-(2**63), high=2**63 - 1,
     )  # fmt: skip
-    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "optimization", "device that computes")
+    device: str = setting(default_device(), "optimization", "device that computes: cuda, cuda:1, mps or cpu")
 
     memory: str = setting(
         "auto", "memory", "preset for the settings below; auto: the first preset that fits the GPU", ("auto", *PRESETS)
@@ -223,8 +273,8 @@ DEMO = dict(
 )  # fmt: skip
 # `base`, `vae` and `data` may be other paths on resume, to the same weights and the same rows.
 FIXED_ON_RESUME = (
-    "resolution", "hint_channels", "hint_resample", "prediction", "control", "ema", "clip_skip", "seed", "validation",
-    "zero_terminal_snr",
+    "resolution", "hint_channels", "hint_resample", "hint_ground", "hint_scale", "prediction", "control", "ema",
+    "clip_skip", "seed", "validation", "zero_terminal_snr",
 )  # fmt: skip
 
 
@@ -235,6 +285,7 @@ class CommandLine(NamedTuple):
     config: Config
     resume: str | None  # folder of the run to continue
     overwrite: bool
+    data_changed: bool  # accept on resume that rows of the data set are others
     plan: bool  # print what training would take, and train nothing
     vram: float | None  # memory of the GPU that is planned for, GiB
     rate: float | None  # images that this GPU trains on in a second
@@ -293,8 +344,11 @@ def parse(argv: list[str] | None) -> CommandLine:
         description="Train a ControlNet. Without --base and --data: the demo, circles on the tiny base model.",
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder")
+    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder, or from one checkpoint of it")
     parser.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    parser.add_argument(
+        "--data-changed", action="store_true", help="with --resume: accept that rows were removed, repaired or appended"
+    )
     plan_group = parser.add_argument_group("planning")
     positive = number(float, 1e-9)
     plan_group.add_argument(
@@ -309,7 +363,8 @@ def parse(argv: list[str] | None) -> CommandLine:
     )
     add_flags(parser)
     given = vars(parser.parse_args(argv))
-    resume, overwrite, plan, vram, rate = (given.pop(k, None) for k in ("resume", "overwrite", "plan", "vram", "rate"))
+    once = ("resume", "overwrite", "data_changed", "plan", "vram", "rate")  # flags that are not settings of the run
+    resume, overwrite, data_changed, plan, vram, rate = (given.pop(k, None) for k in once)
     if (vram or rate) and not plan:
         raise ConfigError("--vram and --rate belong to --plan, which is not given")
     if resume:
@@ -321,21 +376,28 @@ def parse(argv: list[str] | None) -> CommandLine:
     elif "base" in given and plan:  # a plan needs no data
         settings = {"out": "runs/plan"}
     elif "base" in given and "data" in given:
-        settings = {"out": f"runs/{Path(given['data']).resolve().name}"}
+        settings = {"out": f"runs/{Path(os.path.realpath(given['data'])).name}"}
     else:
         raise ConfigError("give both --base (a Stable Diffusion file) and --data (a folder), or neither for the demo")
-    return CommandLine(Config(**(settings | given)), resume, bool(overwrite), bool(plan), vram, rate)
+    config = Config(**(settings | given))
+    return CommandLine(config, resume, bool(overwrite), bool(data_changed), bool(plan), vram, rate)
 
 
 def resumed_settings(run: str, given: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that is continued with the flags `given`. ConfigError for a flag that cannot change."""
-    settings = {k: v for k, v in load_run(run).items() if k in Config.__dataclass_fields__}
+    settings = {k: v for k, v in load_run(run_of(run)).items() if k in Config.__dataclass_fields__}
     if "memory" in given:
         settings = {k: v for k, v in settings.items() if k not in PRESETS["fast"]}
     plain = lambda name, value: data.parse_resolution(value) if name == "resolution" else value
     for name in FIXED_ON_RESUME:
         if name in given and name in settings and plain(name, given[name]) != plain(name, settings[name]):
             raise ConfigError(f"{run}: {flag_name(name)} cannot change on resume; it was {settings[name]!r}")
+    for f in dataclasses.fields(Config):  # what config.json says has the types and ranges of the flags
+        if f.name in settings and f.name not in given:
+            try:
+                check_value(f, settings[f.name])
+            except ConfigError as e:
+                raise ConfigError(f"{run_of(run) / 'config.json'}: {e}") from e
     return settings
 
 
@@ -385,8 +447,7 @@ def validate(config: Config) -> None:
         raise ConfigError("--compile and --stream exclude each other: compiled kernels need their weights in place")
     if config.tensorboard and not find_spec("tensorboard"):
         raise ConfigError("--tensorboard: the package is not installed; pip install tensorboard, or leave the flag out")
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device {config.device}: this PyTorch sees no GPU; --device cpu works, slowly")
+    check_device(config.device)
 
 
 def check_value(f: dataclasses.Field, value: Any) -> None:
@@ -397,6 +458,8 @@ def check_value(f: dataclasses.Field, value: Any) -> None:
     fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
     if not fits:
         raise ConfigError(f"{flag_name(f.name)} is {value!r}, should be of type {kind.__name__}")
+    if kind is str and re.search("[\0\ud800-\udfff]", value):  # safetensors opens no such path
+        raise ConfigError(f"{flag_name(f.name)} is {value!r}, should be UTF-8 text")
     if choices and value not in choices:
         raise ConfigError(f"{flag_name(f.name)} is {value!r}, should be one of {', '.join(map(str, choices))}")
     if kind in (int, float) and not (low <= value <= high and math.isfinite(value)):

@@ -25,7 +25,7 @@ them: training starts from the quality of the base and cannot lose it. Follows Z
 import torch
 from torch import Tensor, nn
 
-from layers import Conv1x1, Conv2d, zero_module
+from layers import Addition, Conv1x1, Conv2d, zero_module
 from unet import UNet, UNetConfig, UNetEncoder
 
 HINT_WIDTHS = (16, 32, 96, 256)  # channels of the hint encoder at full, half, quarter and eighth size
@@ -53,6 +53,7 @@ class ControlNet(UNetEncoder):
         super().__init__(config)
         self.hint_channels, self.hint_widths = hint_channels, tuple(hint_widths)
         self.only_mid_control = False  # use the middle block's residual alone: faster, weaker control
+        self.global_pool = False  # average each residual over the image: it says what is to be seen, but not where
         w = hint_widths
         self.input_hint_block = nn.Sequential(
             Conv2d(hint_channels, w[0], 3, padding=1), nn.SiLU(),  # (B,16,H,W)
@@ -64,6 +65,7 @@ class ControlNet(UNetEncoder):
             Conv2d(w[2], w[3], 3, padding=1, stride=2), nn.SiLU(),  # (B,256,H/8,W/8)
             zero_module(Conv2d(w[3], config.model_channels, 3, padding=1)),  # (B,model_channels,H/8,W/8)
         )  # fmt: skip
+        # the keys are zero_convs.0.0.weight and so on: the original has each in a Sequential of its own
         self.zero_convs = nn.ModuleList(nn.Sequential(ZeroConv(c)) for c in self.skip_channels)
         self.middle_block_out = nn.Sequential(ZeroConv(self.skip_channels[-1]))
 
@@ -71,7 +73,7 @@ class ControlNet(UNetEncoder):
         """The residuals that steer the UNet: 13 for Stable Diffusion, shallow to deep, the middle block's last.
 
         x (B,4,h,w), hint (B,hint_channels,8h,8w) in [0,1], timesteps (B,), context (B,77,D). With `only_mid_control`
-        the list holds the middle block's residual alone.
+        the list holds the middle block's residual alone; with `global_pool` each residual is (B,c,1,1).
         """
         return self.residuals(x, self.embed_hint(hint), timesteps, context)
 
@@ -83,7 +85,8 @@ class ControlNet(UNetEncoder):
         """As `forward`, for a hint that `embed_hint` has encoded."""
         h, skips, _ = self.encode(x, timesteps, context, hint_embedding)
         outer = [] if self.only_mid_control else list(zip(self.zero_convs, skips, strict=True))
-        return [self.call_block(zero_conv, features) for zero_conv, features in [*outer, (self.middle_block_out, h)]]
+        residuals = [self.call_block(conv, features) for conv, features in [*outer, (self.middle_block_out, h)]]
+        return [r.mean((2, 3), keepdim=True) for r in residuals] if self.global_pool else residuals
 
     @classmethod
     def from_unet(
@@ -117,7 +120,10 @@ def new_weights(
         torch.manual_seed(seed)
         for name, module in control_model.named_modules():
             if any(f"{name}.{p}" not in copied for p, _ in module.named_parameters(recurse=False)):
-                module.to_empty(device="cpu", recurse=False).reset_parameters()
+                module.to_empty(device="cpu", recurse=False)
+                getattr(module, "reset_parameters", lambda module=module: zero_module(module))()
+        for addition in (m for m in control_model.modules() if isinstance(m, Addition)):
+            addition.reset_parameters()
     for layer in control_model.input_hint_block[::2]:  # the convolutions; the activations are between them
         layer.weight.data *= hint_gain
     zero_module(control_model.input_hint_block[-1])

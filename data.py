@@ -18,13 +18,12 @@ ControlNet tutorial. Further keys of an item (a class number, say) go through to
 """
 
 import argparse
+import copy
 import hashlib
-import json
-import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,10 +32,20 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from training.images import RESAMPLE, DataError, Size, read_image, resize, size_on_disk
+from training import images, verify
+from training.console import protect_output
+from training.images import MAX_MEGAPIXELS, RESAMPLE, DataError, Reading, Size, one_line, read_bytes, resize
+from training.images import fraction_cut as fraction_cut
+from training.images import read_image as read_image
+from training.images import same_aspect as same_aspect
 from training.images import save_hint as save_hint
+from training.layouts import EMPTY, LAYOUTS, check_aspects, find_list, further_keys, keys_of_all
+from training.layouts import Row as Row
+from training.layouts import is_dataset as is_dataset
+from training.layouts import read_json_lines as read_json_lines
+from training.layouts import read_rows as read_rows
+from training.loading import load
 
 
 # ------------------------------------------------------------------------------------------------------- image sizes
@@ -69,99 +78,17 @@ def choose_size(resolution: str, native: Size, multiple: int) -> Size:
     return size
 
 
-def same_aspect(a: Size, b: Size) -> bool:
-    """Whether two sizes (width, height) have the same aspect ratio, to within the rounding of a pixel."""
-    return abs(a[0] * b[1] - b[0] * a[1]) < max(*a, *b)
-
-
-# ---------------------------------------------------------------------------------------------------- data-set layouts
-EMPTY = "the prompt is empty"
-FIELDS = ("source", "target", "prompt")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One triple of a folder; `where` is its place as error messages name it: "ROOT/prompt.json, line 3"."""
-
-    where: str
-    hint: Path
-    target: Path
-    prompt: str
-    extra: dict[str, Any] = field(default_factory=dict)
-
-
-def read_json_lines(file: Path) -> Iterator[tuple[str, Any]]:
-    """Read a file of one JSON object a line: yield ("line 3", the object), or a DataError in place of the object."""
-    for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError:
-            entry = DataError("not UTF-8 text")
-        except json.JSONDecodeError as e:
-            entry = DataError(f"not JSON ({e.msg} at column {e.colno})")
-        yield f"line {number}", entry
-
-
-# A folder has a layout if it holds the file of this name, which lists its triples. The reader of a layout yields the
-# place of each triple in the file and a dict with the FIELDS (paths relative to the folder) and any further keys.
-LAYOUTS = {"prompt.json": (read_json_lines, "one JSON object a line, with source, target and prompt")}
-
-
-def find_list(root: str | Path) -> Path:
-    """The file in the folder `root` that lists its triples. Raises DataError if there is none."""
-    for name in LAYOUTS:
-        if (Path(root) / name).is_file():
-            return Path(root) / name
-    if not Path(root).is_dir():
-        raise DataError(f"{root}: no such folder")
-    raise DataError(f"{root}: no {' or '.join(f'{name} in it: {form}' for name, (_, form) in LAYOUTS.items())}")
-
-
-def is_dataset(root: str | Path) -> bool:
-    """Whether `root` is a folder in one of the layouts."""
-    return any((Path(root) / name).is_file() for name in LAYOUTS)
-
-
-def read_rows(root: str | Path) -> tuple[list[Row], list[str]]:
-    """The rows of the folder `root`, and the problems that show without opening any image, one line of text each."""
-    root, file = Path(root), find_list(root)
-    rows, problems = [], []
-    for place, entry in LAYOUTS[file.name][0](file):
-        where = f"{file}, {place}"
-        if isinstance(entry, DataError):
-            problems.append(f"{where}: {entry}")
-            continue
-        missing = [k for k in FIELDS if not isinstance(entry, dict) or not isinstance(entry.get(k), str)]
-        if missing:
-            problems.append(f"{where}: lacks the text {' and '.join(missing)}")
-            continue
-        hint, target = root / entry["source"], root / entry["target"]
-        outside = [p for p in (hint, target) if not Path(os.path.abspath(p)).is_relative_to(os.path.abspath(root))]
-        if outside:
-            problems.append(f"{where}: {outside[0]} leaves the folder")
-            continue
-        if not entry["prompt"].strip():
-            problems.append(f"{where}: {EMPTY}")
-        rows.append(Row(where, hint, target, entry["prompt"], _extra(entry, FIELDS)))
-    return rows, problems
-
-
-def _extra(item: dict[str, Any], known: Sequence[str]) -> dict[str, Any]:
-    """The further keys of an item, as far as their values can be put together to a batch."""
-    kinds = (Tensor, np.ndarray, np.generic, int, float, str)
-    return {k: v for k, v in item.items() if k not in known and isinstance(v, kinds)}
-
-
+# ----------------------------------------------------------------------------------------------------------- data sets
 @dataclass(eq=False)
 class FolderDataset:
     """A folder in one of the layouts as an array-like of `dict(jpg, txt, hint)`.
 
     `size`: every pair is scaled to cover it, and the same middle is cut out of both images (None: images stay as they
-    are). Targets are scaled with antialiasing; hints by area, or `nearest` for label maps. `hint_channels` as in
-    `read_image`. Keys that every row has beside the three fields are keys of the items, too. With `strict`, bad rows
-    raise DataError (an empty prompt is allowed in training); without, they are left out and listed in `problems`.
+    are). Targets are scaled with antialiasing; hints by area, or `nearest` for label maps. `hint_channels`,
+    `hint_ground`, `hint_scale` and `max_megapixels` as in `training.images.Reading`; targets are laid on white.
+    `follow_links`: links may lead out of the folder. Keys that every row has beside the three fields are keys of the
+    items, too. With `strict`, rows that cannot be parsed raise DataError (an empty prompt is allowed in training);
+    without, they keep their numbers, are listed in `problems`, and raise DataError when they are asked for.
     """
 
     root: str | Path
@@ -169,18 +96,23 @@ class FolderDataset:
     hint_channels: int | None = 3
     hint_resample: str = "area"
     strict: bool = True
+    hint_ground: str = "auto"
+    hint_scale: float = 0.0
+    follow_links: bool = False
+    max_megapixels: float = MAX_MEGAPIXELS
 
     def __post_init__(self):
         file = find_list(self.root)
-        self.rows, self.problems = read_rows(self.root)
-        self.fingerprint = digest(file.read_bytes()).hex()  # of the rows
-        self._extra_keys = set.intersection(*(set(row.extra) for row in self.rows)) if self.rows else set()
-        self._compared: set[int] = set()  # items whose two sizes are known to agree
-        bad = [p for p in self.problems if not p.endswith(EMPTY)]
+        self.rows = read_rows(self.root, self.follow_links)
+        self.facts: list[tuple[verify.FileFacts, verify.FileFacts] | None] = []  # of the rows, once they are verified
+        self.fingerprint = digest(read_bytes(file, 1 << 32)).hex()  # of the rows
+        self._extra_keys = keys_of_all(self.rows)
+        self._compared: set[Path] = set()  # targets of rows whose two sizes are known to agree
+        bad = [f"{row.where}: {row.problem}" for row in self.rows if not row.readable]
         if bad and self.strict:
             more = f" (and {len(bad) - 1} more: python data.py check {self.root})" if len(bad) > 1 else ""
             raise DataError(bad[0] + more)
-        if not self.rows and (self.strict or not self.problems):
+        if not self.rows:
             raise DataError(f"{self.root}: {file.name} has no rows")
 
     def __len__(self) -> int:
@@ -188,6 +120,45 @@ class FolderDataset:
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         return self.load_item(i)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"facts": []}  # worker processes need none
+
+    @property
+    def problems(self) -> list[str]:
+        """The problems of rows that show without opening any image, one line of text each."""
+        return [f"{row.where}: {row.problem}" for row in self.rows if row.problem]
+
+    def without(self, numbers: Collection[int]) -> "FolderDataset":
+        """This data set without the rows of these numbers."""
+        kept = copy.copy(self)
+        keep = sorted(set(range(len(self))) - set(numbers))
+        kept.rows = [self.rows[i] for i in keep]
+        kept.facts = [self.facts[i] for i in keep] if self.facts else []
+        kept._extra_keys = keys_of_all(kept.rows)
+        return kept
+
+    def row_digests(self) -> list[str]:
+        """16 hex digits for each row: a digest of its paths in the folder, prompt, further keys, and files' content."""
+        return [digest(*self._identity(i)).hex()[:16] for i in range(len(self))]
+
+    def _identity(self, i: int) -> Iterator[Any]:
+        row = self.rows[i]
+        for path, content in zip((row.hint, row.target), self.contents(i), strict=True):
+            yield from (path.relative_to(self.root).as_posix(), content)
+        yield from (row.prompt, sorted(row.extra.items()))
+
+    def contents(self, i: int) -> tuple[str, str]:
+        """Digests of the content of row i's hint and target file, as the verification found them or read now."""
+        if self.facts and self.facts[i]:
+            return tuple(fact.content for fact in self.facts[i])
+        return tuple(verify.hexdigest(self._named(i, read_bytes, path)) for path in self._files(i))
+
+    def readings(self) -> tuple[Reading, Reading]:
+        """How hints and how targets are read."""
+        bound, class_numbers = self.max_megapixels * 1e6, self.hint_channels == 1 and self.hint_resample == "nearest"
+        hint = Reading(self.hint_channels, self.hint_ground, self.hint_scale, class_numbers, bound)
+        return hint, Reading(3, "white", max_pixels=bound)
 
     def load_item(self, i: int, target: bool = True) -> dict[str, Any]:
         """Item i: dict(txt, hint, jpg and the further keys of its row); without jpg if `target` is False."""
@@ -200,43 +171,50 @@ class FolderDataset:
 
     def sizes(self, i: int) -> tuple[Size, Size]:
         """(width, height) of hint and target as they are on disk; DataError if their aspect ratios differ."""
-        row = self.rows[i]
-        try:
-            hint, target = size_on_disk(row.hint), size_on_disk(row.target)
-        except DataError as e:
-            raise DataError(f"{row.where}: {e}") from e
-        if not same_aspect(hint, target):
-            raise DataError(
-                f"{row.where}: {row.hint.name} is {hint[0]}x{hint[1]} but {row.target.name} is {target[0]}x{target[1]} "
-                f"({row.hint}, {row.target}); hint and target must have the same aspect ratio"
-            )
+        hint, target = (self._named(i, images.size_on_disk, path, self.max_megapixels * 1e6) for path in self._files(i))
+        self._named(i, check_aspects, self.rows[i], hint, target)
         return hint, target
 
     def target(self, i: int) -> np.ndarray:
         """Target i: (H,W,3) float32 in [-1,1]."""
-        return self._read(i, self.rows[i].target, 3, Image.Resampling.LANCZOS) / 127.5 - 1
+        return self._read(i, 1, Image.Resampling.LANCZOS) / 127.5 - 1
 
     def hint(self, i: int) -> np.ndarray:
         """Hint i: (H,W,hint_channels) float32 in [0,1]."""
-        return self._read(i, self.rows[i].hint, self.hint_channels, RESAMPLE[self.hint_resample]) / 255
+        return self._read(i, 0, RESAMPLE[self.hint_resample]) / 255
 
     def key(self, i: int) -> bytes:
         """16 bytes that change when the pixels of target i may change: a digest of its file and of `size`."""
-        try:
-            content = self.rows[i].target.read_bytes()
-        except OSError as e:
-            raise DataError(f"{self.rows[i].where}: {e.filename}: {e.strerror}") from e
-        return digest(content, self.size)
+        return digest(self._named(i, read_bytes, self._files(i)[1]), self.size)
 
-    def _read(self, i: int, path: Path, channels: int | None, resample: Image.Resampling) -> np.ndarray:
-        if i not in self._compared:
+    def _read(self, i: int, side: int, resample: Image.Resampling) -> np.ndarray:
+        path = self._files(i)[side]
+        if self.rows[i].target not in self._compared:
             self.sizes(i)
-            self._compared.add(i)
+            self._compared.add(self.rows[i].target)
+        array = self._named(i, images.decode, path, self.readings()[side]).array
+        return (array if self.size is None else resize(array, self.size, resample)).astype(np.float32)
+
+    def _files(self, i: int) -> tuple[Path, Path]:
+        """Hint and target file of row i. DataError for a row that could not be parsed."""
+        row = self.rows[i]
+        if not row.readable:
+            raise DataError(f"{row.where}: {row.problem}")
+        return row.hint, row.target
+
+    def _named(self, i: int, read: Any, *arguments: Any) -> Any:
+        """read(*arguments), with the place of row i before the message of a DataError."""
         try:
-            array = read_image(path, channels)
+            return read(*arguments)
         except DataError as e:
             raise DataError(f"{self.rows[i].where}: {e}") from e
-        return (array if self.size is None else resize(array, self.size, resample)).astype(np.float32)
+
+
+def compare_rows(before: Iterable[str], now: Iterable[str]) -> tuple[int, int]:
+    """How many rows were removed and how many added between two lists of `row_digests`, whatever their order; a changed
+    row counts as both."""
+    before, now = Counter(before), Counter(now)
+    return (before - now).total(), (now - before).total()
 
 
 @dataclass(eq=False)
@@ -277,7 +255,10 @@ class ArrayDataset:
         known = dict(txt=str(item["txt"]), hint=resize(hint, self.size, RESAMPLE[self.hint_resample]))
         if target:
             known["jpg"] = resize(jpg, self.size, Image.Resampling.LANCZOS).clip(-1, 1)
-        return _extra(item, ("jpg", "txt", "hint")) | known
+        try:
+            return further_keys(item, ("jpg", "txt", "hint")) | known
+        except DataError as e:
+            raise DataError(f"item {i} of the data set: {e}") from e
 
     def target(self, i: int) -> np.ndarray:
         return self[i]["jpg"]
@@ -410,62 +391,64 @@ def batches(
     `workers` processes load ahead (0: the main process loads). Each of `ranks` ranks gets every `ranks`-th batch.
     """
     starts = range(start + rank * batch_size, stop, batch_size * ranks)
-    loader = torch.utils.data.DataLoader(
-        samples, batch_size=batch_size, sampler=[n for first in starts for n in range(first, first + batch_size)],
-        num_workers=workers, pin_memory=pin_memory, prefetch_factor=4 if workers else None,
-        worker_init_fn=_ignore_interrupts if workers else None,
-    )  # fmt: skip
-    return iter(loader)
-
-
-def _ignore_interrupts(_: int) -> None:
-    """Ctrl-C reaches every process, but only the main process decides whether to stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return load(samples, (range(n, n + batch_size) for n in starts), workers, pin_memory=pin_memory)
 
 
 # --------------------------------------------------------------------------------------------------------------- CLI
-def show(root: str, number: int, out: str | Path) -> None:
+def show(dataset: FolderDataset, number: int, out: str | Path) -> None:
     """Print the data set's length and the prompt and shapes of pair `number`; save the pair side by side as `out`."""
-    dataset = FolderDataset(root, hint_channels=None)
     if not -len(dataset) <= number < len(dataset):
-        raise DataError(f"{root}: has rows 0..{len(dataset) - 1}, no {number}")
+        raise DataError(f"{dataset.root}: has rows 0..{len(dataset) - 1}, no {number}")
     item = dataset[number]
     print(len(dataset), item["txt"], item["jpg"].shape, item["hint"].shape, sep="\n")
     hint, target = (item["hint"] * 255).round().astype(np.uint8), ((item["jpg"] + 1) * 127.5).round().astype(np.uint8)
     hint = hint[..., :3] if hint.shape[2] > 2 else hint[..., :1].repeat(3, 2)
     hint = resize(hint, target.shape[1::-1], RESAMPLE["nearest"])
-    Image.fromarray(np.concatenate([hint, target], axis=1)).save(out)
+    images.save_picture(out, np.concatenate([hint, target], axis=1))
     print(f"saved hint and target side by side as {out}")
 
 
-def check(root: str) -> tuple[int, list[str]]:
-    """The number of rows of the folder `root` that can be parsed, and all problems of all rows, images included."""
-    dataset = FolderDataset(root, hint_channels=None, strict=False)
-    problems = dataset.problems
-    for i in tqdm(range(len(dataset)), desc=f"checking {root}", unit="row", disable=None):
-        for read in (dataset.target, dataset.hint):
-            try:
-                read(i)
-            except DataError as e:
-                problems.append(str(e))
-    return len(dataset), list(dict.fromkeys(problems))
+def check(root: str, **settings: Any) -> tuple[int, list[str]]:
+    """The number of rows of the folder `root` that can be parsed, and all problems of all rows, images included.
+
+    `settings`: of FolderDataset. Prints what is no problem but should be known.
+    """
+    dataset = FolderDataset(root, hint_channels=None, strict=False, **settings)
+    bad = verify.find_bad_rows(dataset)
+    empty = {i: f"{row.where}: {EMPTY}" for i, row in enumerate(dataset.rows) if row.problem == EMPTY and i not in bad}
+    usable = [facts for i, facts in enumerate(dataset.facts) if i not in bad]
+    for line in verify.remarks(dataset, (usable[0][1].width, usable[0][1].height)) if usable else ():
+        print(f"{root}: {line}")
+    problems = bad | empty
+    return sum(row.readable for row in dataset.rows), [problems[i] for i in sorted(problems)]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Look at one pair of a data set, or check all pairs.")
     commands = parser.add_subparsers(dest="command", required=True)
     folder = f"the data set: a folder with {' or '.join(LAYOUTS)}"
-    p = commands.add_parser("show", help="print one pair's prompt and shapes, and save the pair as a picture")
-    p.add_argument("dir", help=folder)
-    p.add_argument("number", nargs="?", type=int, default=0, help="number of the pair, counted from 0 (default 0)")
-    p.add_argument("--out", default="pair.png", help="picture file for hint and target side by side (default pair.png)")
-    p = commands.add_parser("check", help="read every row and report all problems; exit status 1 if there are any")
-    p.add_argument("dir", help=folder)
+    show_parser = commands.add_parser("show", help="print one pair's prompt and shapes, and save the pair as a picture")
+    check_parser = commands.add_parser("check", help="read every row and report all problems; exit status 1 if any")
+    for p in (show_parser, check_parser):
+        p.add_argument("dir", help=folder)
+        p.add_argument("--follow-links", action="store_true", help="follow links that lead out of the folder")
+        p.add_argument(
+            "--max-megapixels", type=float, default=MAX_MEGAPIXELS, metavar="N", help="largest image to read"
+        )
+        p.add_argument(
+            "--hint-scale", type=float, default=0.0, metavar="N", help="value of the hint files that is white"
+        )
+    add = show_parser.add_argument
+    add("number", nargs="?", type=int, default=0, help="number of the pair, counted from 0 (default 0)")
+    add("--out", default="pair.png", help="picture file for hint and target side by side (default pair.png)")
     args = parser.parse_args(argv)
+    if not (args.max_megapixels > 0 and 0 <= args.hint_scale < float("inf")):
+        parser.error("--max-megapixels must be above 0, --hint-scale at least 0")
+    settings = dict(hint_scale=args.hint_scale, follow_links=args.follow_links, max_megapixels=args.max_megapixels)
     if args.command == "show":
-        show(args.dir, args.number, args.out)
+        show(FolderDataset(args.dir, hint_channels=None, **settings), args.number, args.out)
         return 0
-    rows, problems = check(args.dir)
+    rows, problems = check(args.dir, **settings)
     for problem in problems:
         print(problem)
     print(f"{args.dir}: {rows} rows, {len(problems)} problem{'s' * (len(problems) != 1)}")
@@ -473,7 +456,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    protect_output()
     try:
         sys.exit(main())
     except (DataError, OSError) as e:
-        sys.exit(f"data.py: {e}")
+        sys.exit(f"data.py: {one_line(e)}")

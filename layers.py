@@ -26,6 +26,19 @@ def zero_module(module: nn.Module) -> nn.Module:
     return module
 
 
+class Addition(nn.Module):
+    """Base class for modules that Stable Diffusion's files do not have: a LoRA, the embedding of a second condition.
+
+    Built inside of one of the models, an Addition is part of every model of that kind: it trains if
+    `training.setup.select_trainable` names its parameters, is saved with a run and loaded with it. A file without its
+    weights is no error; they start as `reset_parameters` sets them, from the seed of the model's source.
+    """
+
+    def reset_parameters(self) -> None:
+        """Initialise all parameters, also those of children."""
+        raise NotImplementedError
+
+
 def checkpointed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """`function(*inputs)`, keeping only `inputs` for the backward pass, which computes the function a second time.
 

@@ -40,6 +40,7 @@ class ModelConfig:
     timesteps: int = 1000
     hint_widths: tuple[int, int, int, int] = HINT_WIDTHS
     hint_gain: float = 1.0  # scale of the hint encoder's initial weights
+    global_pool: bool = False  # the ControlNet's residuals are averaged over the image (`ControlNet.global_pool`)
     guidance: float = 9.0  # the guidance scale that suits this model
     resolution: int = 512  # the side of the images with which the model was trained, in pixels
 
@@ -132,6 +133,7 @@ class ControlLDM(nn.Module):
         self.control_model: ControlNet | None = None
         if hint_channels is not None:
             self.control_model = ControlNet(config.unet, hint_channels, config.hint_widths)
+            self.control_model.global_pool = config.global_pool
         self.first_stage_model = AutoencoderKL(config.vae)
         self.cond_stage_model = nn.Module()
         self.cond_stage_model.transformer = CLIPTextModel(config.text)

@@ -15,7 +15,9 @@ one tensor at a time: tensors that only pass through take no memory.
 """
 
 import argparse
+import dataclasses
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -26,46 +28,63 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from controlnet import ControlNet, new_weights
-from weights.diffusers_folder import control_folder, diffusers_folder
-from weights.reading import CheckpointError, is_run, load_json, load_metadata, load_state_dict
-from weights.runs import load_run, newest_checkpoint
+from config import number
+from controlnet import new_weights
+from ldm import PRECISIONS, ControlLDM, ModelConfig
+from sampler import noise_schedule
+from training.console import protect_output
+from training.images import one_line
+from weights.clients import bare_names, lost_in_pickle, notes, size_in_words, widen_hint
+from weights.configs import CheckpointError, is_run, load_json, metadata_config
+from weights.detect import detect_model, measured_prediction, model_of_weights, pools_globally
+from weights.diffusers_folder import common_dtype, control_folder, diffusers_folder
+from weights.kinds import refuse_other_kinds
+from weights.original import missing_buffers
+from weights.reading import load_metadata, load_state_dict
+from weights.runs import load_run, load_state, newest_checkpoint
 from weights.source import (
-    COMPONENTS,
     ModelSource,
     add_unet_weights,
     check_matches_unet,
-    detect_model,
+    check_networks,
     merge_sources,
     missing_weights,
     read_component,
     read_model,
     strip_prefix,
     unet_key,
+    whole_control,
 )
-from weights.spelling import CONTROL, DIFFERENCE, UNET
-from weights.writing import half_dtype, save_pickle, save_safetensors, write_folder, write_safetensors
+from weights.spelling import COMPONENTS, CONTROL, DIFFERENCE, UNET
+from weights.writing import save_pickle, save_safetensors, stored_dtype, write_folder, write_safetensors
 
 State = dict[str, Tensor]
 
 
 # ----------------------------------------------------------------------------------------------------------- commands
-def attach(source: ModelSource) -> tuple[State, list[str]]:
-    """A Stable Diffusion model with a new ControlNet, and the keys of the weights that are new (not copied)."""
-    state, hint_channels = merge_sources(source), source.hint_channels
+def attach(source: ModelSource) -> tuple[State, ModelConfig, list[str]]:
+    """A Stable Diffusion model with a new ControlNet, its configuration, and the keys of the weights that are new.
+
+    All other weights of the ControlNet are copies. Follows the original's tool_add_control.py: the original loads the
+    result strictly, so the buffers that it asks for are added where the model lacks them.
+    """
+    (state, config), hint_channels = read_model(source), source.hint_channels
     if hint_channels < 1:
         raise CheckpointError(f"--hint-channels is {hint_channels}, should be 1 or more")
     if any(k.startswith(CONTROL) for k in state):
         raise CheckpointError(f"{source.path}: already has a ControlNet; extract takes it out")
-    config = detect_model(source.path, state)
     with torch.device("meta"):
-        names = ControlNet(config.unet, hint_channels, config.hint_widths).state_dict()
+        whole = ControlLDM(config, hint_channels)
+    needed = {k: v for k, v in whole.unet.state_dict().items() if not k.startswith(("output_blocks.", "out."))}
+    if misfits := [k for k, v in needed.items() if UNET + k not in state or state[UNET + k].shape != v.shape]:
+        raise CheckpointError(
+            f"{source.path}: {len(misfits)} weights of the UNet missing or of another shape, as {UNET}{misfits[0]}"
+        )
+    names = whole.control_model.state_dict()
     new = new_weights(config.unet, hint_channels, config.hint_widths, source.seed, config.hint_gain)
-    missing = [k for k in names if k not in new and UNET + k not in state]
-    if missing:
-        raise CheckpointError(f"{source.path}: {len(missing)} weights of the UNet missing, as {UNET}{missing[0]}")
     control = {CONTROL + k: new[k] if k in new else state[UNET + k] for k in names}
-    return state | control, [CONTROL + k for k in new]
+    schedule = noise_schedule(config.linear_start, config.linear_end, config.timesteps, config.zero_terminal_snr)
+    return state | control | missing_buffers(state, *schedule), config, [CONTROL + k for k in new]
 
 
 def extract(path: str | Path) -> tuple[State, Path]:
@@ -103,15 +122,16 @@ def transfer(from_base: str, control: str, to_base: str) -> State:
     old, new = merge_sources(ModelSource(from_base, ema=run.get("ema", False))), merge_sources(to_base)
     models = ((from_base, old), (to_base, new))
     for path, state in models:
-        detect_model(path, state)
+        check_networks(state, detect_model(path, state), lambda prefix, path=path: path)
     trained = merge_sources(ModelSource(control, base=from_base, ema=run["ema"])) if run else load_state_dict(control)
     control_weights = {k: v for k, v in trained.items() if k.startswith(CONTROL)}
     if not control_weights:
         raise CheckpointError(f"{control}: no ControlNet in it")
+    refuse_other_kinds(control, control_weights)
+    control_weights |= {k: trained[k] for k in (DIFFERENCE,) if k in trained}
     for path, state in models:
         check_matches_unet(control, control_weights, path, state)
-    if DIFFERENCE in trained:
-        control_weights = add_unet_weights(control_weights, old)
+    control_weights = whole_control(control, control_weights, from_base, old)
     out = dict(new)
     for key, value in ({k: v for k, v in trained.items() if k.startswith(UNET)} | control_weights).items():
         origin = unet_key(key) if key.startswith(CONTROL) else key
@@ -130,7 +150,7 @@ def info(source: str) -> list[str]:
     if is_run(path):
         path = newest_checkpoint(path)
     if (path / "state.json").exists():  # a training checkpoint
-        saved = load_json(path / "state.json")
+        saved = load_state(path)
         lines.append(f"{path}: step {saved['step']}, {saved['samples']} samples, trained with")
         lines += [f"    {k:24} {v}" for k, v in saved["config"].items()]
         path = path / "trained.safetensors"
@@ -138,7 +158,8 @@ def info(source: str) -> list[str]:
 
     def size(name: str, tensors: list[Tensor]) -> str:
         dtypes = ", ".join(Counter(str(v.dtype).removeprefix("torch.") for v in tensors))
-        return f"{name:12} {sum(v.numel() for v in tensors) / 1e6:8.1f} M in {len(tensors)} tensors ({dtypes})"
+        number = f"{len(tensors)} tensor{'s' * (len(tensors) != 1)}"
+        return f"{name:12} {sum(v.numel() for v in tensors) / 1e6:8.1f} M in {number} ({dtypes})"
 
     kinds = COMPONENTS | {"average": "model_ema."}
     for name, prefix in kinds.items():
@@ -147,12 +168,30 @@ def info(source: str) -> list[str]:
     unknown = [v for k, v in state.items() if not k.startswith(tuple(kinds.values()))]
     lines += [size("other", unknown)] if unknown else []
     try:
-        config = detect_model(path, state, UNET if strip_prefix(state, UNET + "input_blocks.") else CONTROL)
-        name = "sd21 or sd21_v (no file can tell which)" if config.name == "sd21" else config.name
-        lines += [f"{'model':12} {name}", *(f"{'missing':12} {line}" for line in missing_weights(state, config))]
+        prefix = UNET if strip_prefix(state, UNET + "input_blocks.") else CONTROL
+        config = detect_model(path, state, prefix)
+        name = config.name
+        if "config" not in load_metadata(path) and name in ("sd21", "sd21_v"):
+            measured = prefix == UNET and measured_prediction(state)
+            name += " (to judge by its weights)" if measured else " or sd21_v (nothing in it tells which)"
+        lines += [f"{'model':12} {name}", *(f"{'missing':12} {line}" for line in missing_weights(path, state, config))]
     except CheckpointError as e:
         lines.append(f"{'model':12} {str(e).removeprefix(f'{path}: ')}")
-    return lines + [f"{k:12} {v}" for k, v in load_metadata(path).items()]
+    return lines + [line for name, text in load_metadata(path).items() for line in describe_metadata(name, text)]
+
+
+def describe_metadata(name: str, text: str) -> list[str]:
+    """Lines for one entry of a file's metadata, an object of JSON with a line for each field."""
+    printable = lambda value: str(value)[:1500] if str(value)[:1500].isprintable() else ascii(str(value)[:1500])
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict):
+        return [f"{printable(name):12} {printable(text)}"]
+    nested = {f"{k}.{inner}": v for k, group in fields.items() if isinstance(group, dict) for inner, v in group.items()}
+    flat = {k: v for k, v in fields.items() if not isinstance(v, dict)} | nested
+    return [f"{printable(name)}:", *(f"    {printable(k):28} {printable(v)}" for k, v in list(flat.items())[:60])]
 
 
 # ---------------------------------------------------------------------------------------------------------- the output
@@ -168,8 +207,8 @@ def check_output(out: str, force: bool, folder: bool) -> None:
         exists, wanted = ("folder", "file") if path.is_dir() else ("file", "folder")
         raise CheckpointError(f"{out}: exists as a {exists}, but the output is a {wanted}")
     if path.is_dir() and any(path.iterdir()):
-        config = path / "config.json"
-        if not (path / "model_index.json").exists() and not (config.exists() and "_class_name" in load_json(config)):
+        config = load_json(path / "config.json") if (path / "config.json").exists() else {}
+        if not (path / "model_index.json").exists() and not (isinstance(config, dict) and "_class_name" in config):
             raise CheckpointError(f"{out}: a folder, but not of diffusers' kind; --force does not remove it")
     if not path.absolute().parent.is_dir():
         raise CheckpointError(f"{out}: no such folder {path.parent}")
@@ -177,28 +216,49 @@ def check_output(out: str, force: bool, folder: bool) -> None:
         raise CheckpointError(f"{out}: the output is {'a folder' if folder else 'a .safetensors file (or .ckpt)'}")
 
 
-def save(out: str, state: State, metadata: Mapping[str, str], half: bool) -> None:
-    """Write safetensors, or, where a `.ckpt` is named, a pickle of tensors alone."""
+def save(out: str, state: State, metadata: Mapping[str, str], dtype: torch.dtype | None) -> None:
+    """Write safetensors, or, where a `.ckpt` is named, a pickle of tensors alone. `dtype`: None keeps each tensor's."""
     path = Path(out)
     if path.suffix == ".safetensors":
-        save_safetensors(path, state, metadata, half)
+        save_safetensors(path, state, metadata, dtype)
     else:
-        if "config" in metadata:
-            print(f"note: {out}: a .ckpt cannot say what the model is (v-prediction, clip-skip, a shape of its own)")
-        save_pickle(path, {k: v.to(half_dtype(k, v)) for k, v in state.items()} if half else state)
-    print(f"{out}: {path.stat().st_size / 1e9:.2f} GB")
+        tell_lost(out, state, metadata)
+        save_pickle(path, {k: v.to(stored_dtype(k, v, dtype)) for k, v in state.items()})
+    print(f"{out}: {size_in_words(path.stat().st_size)}")
 
 
-def save_folder(out: str, files: Mapping[str, Any], metadata: Mapping[str, str], half: bool) -> None:
-    """Write a diffusers folder (file name -> JSON, text, or tensors), all of it or nothing."""
-    write_tensors = lambda tensors, path: write_safetensors(path, tensors, {"format": "pt", **metadata}, half)
+def tell_lost(out: str, state: State, metadata: Mapping[str, str]) -> None:
+    """Print what of the metadata a pickle of tensors alone will not tell its readers."""
+    if not (config := metadata_config(out, metadata.get("config", ""))):
+        return
+    try:
+        by_weights = model_of_weights(out, state)
+    except CheckpointError:
+        by_weights = None
+    if lost := lost_in_pickle(state, config, by_weights):
+        print(f"note: {out}: a .ckpt cannot say what its weights do not show: {', '.join(lost)}; .safetensors can")
+
+
+def save_folder(out: str, files: Mapping[str, Any], metadata: Mapping[str, str], dtype: torch.dtype | None) -> None:
+    """Write a diffusers folder (file name -> JSON, text, or tensors), all of it or nothing, in one precision: `dtype`,
+    or the one that holds all of its weights."""
+    tensors = [v for name, content in files.items() if name.endswith(".safetensors") for v in content.values()]
+    dtype = dtype or common_dtype(tensors)
+    write_tensors = lambda tensors, path: write_safetensors(path, tensors, {"format": "pt", **metadata}, dtype)
     write_text = lambda text, path: path.write_text(
-        text if isinstance(text, str) else json.dumps(text, indent=2) + "\n"
+        text if isinstance(text, str) else json.dumps(text, indent=2) + "\n", encoding="utf-8"
     )
     writers = {name: write_tensors if name.endswith(".safetensors") else write_text for name in files}
-    write_folder(out, {name: partial(writers[name], content) for name, content in files.items()})
+    write_folder(out, {name: partial(writers[name], content) for name, content in files.items()}, checksums=False)
     size = sum(f.stat().st_size for f in Path(out).rglob("*") if f.is_file())
-    print(f"{out}: a diffusers folder, {size / 1e9:.2f} GB")
+    print(f"{out}: a diffusers folder, {size_in_words(size)} in {str(dtype).removeprefix('torch.')}")
+
+
+def with_global_pool(metadata: Mapping[str, str], pooled: bool) -> dict[str, str]:
+    """The metadata of a file whose ControlNet averages its residuals over the image, or not."""
+    if config := metadata_config("", metadata.get("config", "")):
+        return {**metadata, "config": dataclasses.replace(config, global_pool=pooled).to_json()}
+    return {**metadata, "global_pool": json.dumps(pooled)}
 
 
 # --------------------------------------------------------------------------------------------------------------- CLI
@@ -211,8 +271,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     p = sub.add_parser("attach", help="add a new ControlNet to a Stable Diffusion model (also: merge.py INPUT OUTPUT)")
     p.add_argument("input", help="a Stable Diffusion file or diffusers folder")
     p.add_argument("output", help="the file to write: .safetensors or .ckpt")
-    p.add_argument("--hint-channels", type=int, default=3, help="number of channels of the hint images (default 3)")
-    p.add_argument("--seed", type=int, default=0, help="seed of the hint encoder's initial weights (default 0)")
+    p.add_argument(
+        "--hint-channels",
+        type=number(int, 1, 1024),
+        default=3,
+        help="number of channels of the hint images (default 3)",
+    )
+    p.add_argument(
+        "--seed",
+        type=number(int, -(2**63), 2**63 - 1),
+        default=0,
+        help="seed of the hint encoder's initial weights (default 0)",
+    )
     q = sub.add_parser("extract", help="write the ControlNet alone")
     q.add_argument("input", help="a file with a ControlNet, a diffusers folder, or the folder of a run")
     q.add_argument("output", help="the file to write: .safetensors or .ckpt; with --format diffusers a folder")
@@ -223,6 +293,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     q.add_argument(
         "--difference", metavar="BASE", help="write the difference to the UNet of the model BASE (not for diffusers)"
     )
+    q.add_argument(
+        "--hint-channels", type=number(int, 1, 1024),
+        help="3 widens a ControlNet for gray hints: other programs give every ControlNet images of 3 channels",
+    )  # fmt: skip
+    q.add_argument("--bare", action="store_true", help="keys without the prefix control_model., as kohya's tools read")
     r = sub.add_parser("transfer", help="carry a ControlNet over to another base model")
     r.add_argument("--from-base", required=True, help="the base model on which the ControlNet was trained")
     r.add_argument("--control", required=True, help="that model with its ControlNet, the ControlNet alone, or a run")
@@ -243,7 +318,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         each.add_argument("--vae", default="", help="file or folder of a VAE that replaces the model's VAE")
         each.add_argument("--ema", action="store_true", help="use the moving average of the UNet (model_ema.*)")
     for each in (p, q, r, s):
-        each.add_argument("--half", action="store_true", help="store the weights in fp16")
+        each.add_argument(
+            "--dtype", choices=("fp32", "fp16", "bf16"),
+            help="store the weights in this precision (default: that of the inputs; a folder has one for all)",
+        )  # fmt: skip
+        each.add_argument("--half", action="store_const", dest="dtype", const="fp16", help="short for --dtype fp16")
         each.add_argument("--force", action="store_true", help="replace an existing output")
     sub.add_parser("info", help="say what a file, folder or run holds").add_argument("input", help="where to look")
     return parser.parse_args(argv)
@@ -258,40 +337,73 @@ def main(argv: list[str] | None = None) -> None:
     folder = folder or getattr(args, "format", "") == "diffusers"
     check_output(args.output, args.force, folder)
     inputs = [getattr(args, name, None) for name in ("input", "base", "from_base", "to_base", "control", "difference")]
-    if any(path and Path(path).resolve() == Path(args.output).resolve() for path in inputs):
+    if any(path and os.path.realpath(path) == os.path.realpath(args.output) for path in inputs):
         raise CheckpointError(f"{args.output}: is an input; write to another place")
-    if args.command == "attach":
-        source = ModelSource(args.input, vae=args.vae, ema=args.ema, hint_channels=args.hint_channels, seed=args.seed)
-        state, new = attach(source)
-        metadata = load_metadata(args.input)
-        copied = sum(k.startswith(CONTROL) for k in state) - len(new)
-        modules = ", ".join(sorted({k.split(".")[1] for k in new}))
-        print(f"{copied} tensors of the ControlNet are copies of the UNet's, {len(new)} are new ({modules})")
-    elif args.command == "extract":
-        state, path = extract(args.input)
-        metadata = load_metadata(path)
-        if DIFFERENCE in state and (folder or args.difference):
-            raise CheckpointError(f"{args.input}: holds differences already; merge.py export --control makes it whole")
-        if folder and args.difference:
-            raise CheckpointError("differences are Automatic1111's and ComfyUI's form; diffusers has none")
-        files = control_folder(state, detect_model(path, state, CONTROL)) if folder else {}
-        ema = is_run(args.input) and load_run(args.input).get("ema", False)
-        state = difference(state, args.difference, ema) if args.difference else state
-    elif args.command == "transfer":
-        state, metadata = transfer(args.from_base, args.control, args.to_base), load_metadata(args.to_base)
-    else:
-        options = {name: getattr(args, name) for name in ("base", "control", "vae", "ema", "prediction")}
-        state, config = read_model(ModelSource(args.input, **options))
-        metadata = {"config": config.to_json()}
-        files = diffusers_folder(state, config) if folder else {}
+    commands = {"attach": run_attach, "extract": run_extract, "transfer": run_transfer, "export": run_export}
+    content, state, metadata, config = commands[args.command](args, folder)
+    dtype = PRECISIONS[args.dtype] if args.dtype else None
+    (save_folder if folder else save)(args.output, content, metadata, dtype)
+    for note in notes(args.output, state, config, folder) if args.command in ("extract", "export") else ():
+        print(f"note: {args.output}: {note}")
+
+
+# What a command writes: the files of a folder or the tensors of a file; the tensors in original names; the metadata;
+# the model's configuration, if it is known.
+Output = tuple[dict[str, Any], State, dict[str, str], ModelConfig | None]
+
+
+def run_attach(args: argparse.Namespace, folder: bool) -> Output:
+    source = ModelSource(args.input, vae=args.vae, ema=args.ema, hint_channels=args.hint_channels, seed=args.seed)
+    state, config, new = attach(source)
+    metadata = load_metadata(args.input)
+    if Path(args.input).is_dir():  # beside the weights the folder says what they cannot
+        metadata["config"] = config.to_json()
+    copied = sum(k.startswith(CONTROL) for k in state) - len(new)
+    modules = ", ".join(sorted({k.split(".")[1] for k in new}))
+    print(f"{copied} tensors of the ControlNet are copies of the UNet's, {len(new)} are new ({modules})")
+    return state, state, metadata, config
+
+
+def run_extract(args: argparse.Namespace, folder: bool) -> Output:
+    state, path = extract(args.input)
+    if DIFFERENCE in state and (folder or args.difference):
+        raise CheckpointError(f"{args.input}: holds differences already; merge.py export --control makes it whole")
+    if folder and (args.difference or args.bare):
+        what = "differences are" if args.difference else "--bare is"
+        raise CheckpointError(f"{what} Automatic1111's and ComfyUI's form; diffusers has none")
+    pooled = pools_globally(path)
+    metadata = with_global_pool(load_metadata(path), pooled)
+    try:
+        config = dataclasses.replace(detect_model(path, state, CONTROL), global_pool=pooled)
+    except CheckpointError:
+        if folder:
+            raise
+        config = None
+    if args.hint_channels:
+        state = widen_hint(path, state, args.hint_channels)
     if folder:
-        save_folder(args.output, files, metadata, args.half)
-    else:
-        save(args.output, state, metadata, args.half)
+        return control_folder(path, state, config), state, metadata, config
+    ema = is_run(args.input) and load_run(args.input).get("ema", False)
+    state = difference(state, args.difference, ema) if args.difference else state
+    return bare_names(state) if args.bare else state, state, metadata, config
+
+
+def run_transfer(args: argparse.Namespace, folder: bool) -> Output:
+    state = transfer(args.from_base, args.control, args.to_base)
+    path = newest_checkpoint(args.control) / "trained.safetensors" if is_run(args.control) else args.control
+    return state, state, with_global_pool(load_metadata(args.to_base), pools_globally(path)), None
+
+
+def run_export(args: argparse.Namespace, folder: bool) -> Output:
+    options = {name: getattr(args, name) for name in ("base", "control", "vae", "ema", "prediction")}
+    state, config = read_model(ModelSource(args.input, **options))
+    content = diffusers_folder(args.input, state, config) if folder else state
+    return content, state, {"config": config.to_json()}, config
 
 
 if __name__ == "__main__":
+    protect_output()
     try:
         main()
     except (ValueError, OSError) as e:
-        sys.exit(f"merge.py: {e}")
+        sys.exit(f"merge.py: {one_line(e)}")

@@ -24,15 +24,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 import data
-from config import number
+from clip_text import MAX_TOKENS
+from config import default_device, device, number
 from controlnet import ControlNet
 from ldm import PRECISIONS, SD15, ControlLDM, ModelConfig, compute_dtype_for, use_tf32
 from lowvram.process import disable_malloc_trim
+from training.console import protect_output
+from training.images import save_picture
 from training.records import hint_image, save_grid, to_uint8
 from weights import CheckpointError, ModelSource, load_model
 from weights.runs import is_run, load_run
@@ -44,16 +46,27 @@ EpsModel = Callable[[Tensor, Tensor], Tensor]  # (x (B,4,h,w), t (B,) int64) -> 
 def alphas_cumprod(config: ModelConfig = SD15, device: torch.device | str = "cpu") -> Tensor:
     """The noise schedule of a model, (timesteps,) float32: the fraction of the signal's power at each timestep.
 
-    Betas are linear in their square roots, from `linear_start` to `linear_end`. Training, drawing and export share this
-    function.
+    `noise_schedule` in the precision of training and drawing.
     """
     return _alphas(config.linear_start, config.linear_end, config.timesteps, config.zero_terminal_snr).to(device)
 
 
 @torch.compiler.assume_constant_result
 def _alphas(start: float, end: float, timesteps: int, zero_terminal: bool) -> Tensor:
-    alphas = np.cumprod(1 - np.linspace(start**0.5, end**0.5, timesteps, dtype=np.float64) ** 2)
-    return torch.from_numpy(zero_terminal_snr(alphas) if zero_terminal else alphas).float()
+    return torch.from_numpy(noise_schedule(start, end, timesteps, zero_terminal)[1]).float()
+
+
+def noise_schedule(start: float, end: float, timesteps: int, zero_terminal: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Betas and their cumulated alphas, each (timesteps,) float64. Training, drawing and export share this function.
+
+    Betas are linear in their square roots, from `start` to `end`. `zero_terminal`: see `zero_terminal_snr`.
+    """
+    betas = np.linspace(start**0.5, end**0.5, timesteps, dtype=np.float64) ** 2
+    alphas = np.cumprod(1 - betas)
+    if zero_terminal:
+        alphas = zero_terminal_snr(alphas)
+        betas = 1 - alphas / np.append(1.0, alphas[:-1])
+    return betas, alphas
 
 
 def zero_terminal_snr(alphas: np.ndarray) -> np.ndarray:
@@ -100,12 +113,14 @@ class SolverStep:
     x: Tensor  # (B,4,h,w), the noisy latents at this timestep
     eps: Tensor  # the predicted noise in x
     x0: Tensor  # the clean latents that eps implies
+    t_next: int  # the next timestep; 0 at the last step
     alpha: float  # `alphas_cumprod` at this timestep
     alpha_next: float  # and at the next one
-    last: bool  # the next timestep is the end
+    last: bool  # this is the last step: it ends at `alphas_cumprod[0]`, almost without noise
     previous: "SolverStep | None"  # the step before, for multistep solvers
     eta: float  # 0: deterministic, 1: as random as DDPM; for solvers that draw noise
     noise: Callable[[], Tensor]  # draws standard normal noise of the shape of x
+    predict: Callable[[Tensor, int], Tensor]  # (x, timestep) -> eps, for solvers that evaluate the model once more
 
 
 def ddim_step(step: SolverStep) -> Tensor:
@@ -146,14 +161,15 @@ def denoise(
     """
     alphas = (alphas_cumprod() if alphas is None else alphas).cpu().double()
     timesteps = ddim_timesteps(steps, len(alphas), trailing)
+    predict = lambda x, t: eps_model(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device))
+    noise = lambda: _noise(x_T.shape, generators).to(x_T)
     x, previous = x_T, None
     for i in progress(range(steps - 1, -1, -1)):
-        t = int(timesteps[i])
-        alpha, alpha_next = float(alphas[t]), float(alphas[timesteps[i - 1]] if i > 0 else alphas[0])
-        eps = eps_model(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device))
+        t, t_next = int(timesteps[i]), int(timesteps[i - 1]) if i > 0 else 0
+        alpha, alpha_next = float(alphas[t]), float(alphas[t_next])
+        eps = predict(x, t)
         x0 = (x - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha)
-        noise = lambda: _noise(x_T.shape, generators).to(x_T)
-        step = SolverStep(x, eps, x0, alpha, alpha_next, i == 0, previous, eta, noise)
+        step = SolverStep(x, eps, x0, t_next, alpha, alpha_next, i == 0, previous, eta, noise, predict)
         x = SOLVERS[solver](step)
         previous = dataclasses.replace(step, previous=None)  # one step back is enough, and keeps no others alive
     return x
@@ -209,33 +225,36 @@ def make_cfg_model(
     context, negative (B,77,D): the prompts and the negative prompts. The residuals of several ControlNets are added.
     eps = negative + scale * (prompted - negative), both computed in one batch; at scale 1 the prompted one alone.
     `guess_mode` leaves the hints out of the negative half and multiplies residual i of 13 by 0.825**(12-i), so that the
-    hint can do without a prompt.
+    hint can do without a prompt. A ControlNet with `global_pool` always leaves the negative half alone, and is not
+    weakened.
     """
     alphas = alphas_cumprod(model.config, model.device)
-    two = scale != 1.0
-    both = torch.cat([context, negative]) if two else context
-    double = two and not guess_mode  # the ControlNets see both halves
+    guided = scale != 1.0  # the batch of the UNet has two halves: prompts and negative prompts
+    contexts = torch.cat([context, negative]) if guided else context
     twice = lambda x: torch.cat([x, x])
     embeddings = [control.net.embed_hint(control.hint) for control in controls]  # once for all steps
 
     def residuals(x: Tensor, t: Tensor) -> list[Tensor] | None:
-        done = 1 - t[0].item() / len(alphas)
-        x, t = (twice(x), twice(t)) if double else (x, t)
+        progress = 1 - t[0].item() / len(alphas)  # 0: noise, 1: image
         total = []
         for control, embedding in zip(controls, embeddings, strict=True):
-            if control.start <= done <= control.end:
-                embedding = twice(embedding) if double else embedding
-                found = control.net.residuals(x, embedding, t, both if double else context)
-                total = add_residuals(total, scale_residuals(found, control, guess_mode))
-        return [torch.cat([r, torch.zeros_like(r)]) for r in total] if two and guess_mode else total
+            if control.start <= progress <= control.end:
+                both_halves = guided and not (guess_mode or control.net.global_pool)
+                inputs = map(twice, (x, embedding, t)) if both_halves else (x, embedding, t)
+                found = control.net.residuals(*inputs, contexts if both_halves else context)
+                found = scale_residuals(found, control, guess_mode and not control.net.global_pool)
+                if guided and not both_halves:
+                    found = [torch.cat([r, torch.zeros_like(r)]) for r in found]
+                total = add_residuals(total, found)
+        return total
 
     def eps_model(x: Tensor, t: Tensor) -> Tensor:
-        x2, t2 = (twice(x), twice(t)) if two else (x, t)
-        out = model.unet(x2, t2, both, control=residuals(x, t)).to(x.dtype)
+        x2, t2 = (twice(x), twice(t)) if guided else (x, t)
+        out = model.unet(x2, t2, contexts, control=residuals(x, t)).to(x.dtype)
         if model.config.prediction == "v":
             a = alphas[t2].view(-1, 1, 1, 1)
             out = a.sqrt() * out + (1 - a).sqrt() * x2
-        if not two:
+        if not guided:
             return out
         prompted, unprompted = out.chunk(2)
         return unprompted + scale * (prompted - unprompted)
@@ -329,10 +348,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--resolution", default="", help="size of the images, N or WxH (default: the hint's)")
     add("--hint-resample", choices=tuple(data.RESAMPLE),
         help="filter that resizes the hint; nearest is for label maps (default: as the run, or area)")  # fmt: skip
+    add("--hint-ground", choices=("auto", "black", "white"),
+        help="what a transparent hint is laid on (default: as the run, or where it can be seen)")  # fmt: skip
+    add("--hint-scale", type=number(float, 0),
+        help="value of the hint file that becomes white; 0: its format's largest (default: as the run)")  # fmt: skip
     add("--prediction", choices=("auto", "eps", "v"), default="auto",
         help="what the UNet predicts; SD 2.1 at 768 px needs v, which its file does not say")  # fmt: skip
     add("--seed", type=int, default=0, help="equal seeds draw equal images")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device that computes")
+    add("--device", type=device, default=default_device(), help="device that computes: cuda, cuda:1, mps or cpu")
     add("--precision", choices=tuple(PRECISIONS), default="fp32", help="number format of weights and computation")
     add("--out", default="samples", help="folder for 0000.png, ... and grid.png")
     return parser.parse_args(argv)
@@ -354,18 +377,30 @@ def main(argv: list[str] | None = None) -> None:
     if args.hint:
         if model.control_model is None:
             raise CheckpointError(f"{args.model}: has no ControlNet, so a hint has no effect; --control FILE gives one")
-        hint = data.read_image(args.hint, model.control_model.hint_channels)
+        channels, resample = model.control_model.hint_channels, args.hint_resample or run.get("hint_resample", "area")
+        hint = data.read_image(
+            args.hint, channels, ground=args.hint_ground or run.get("hint_ground", "auto"),
+            scale=run.get("hint_scale", 0.0) if args.hint_scale is None else args.hint_scale,
+            class_numbers=channels == 1 and resample == "nearest",
+        )  # fmt: skip
         if args.only_mid_control is not None:
             model.control_model.only_mid_control = args.only_mid_control
+    for flag, prompt in (("--prompt", args.prompt), ("--negative-prompt", args.negative_prompt)):
+        (count,) = model.tokenizer.count([prompt])
+        if count > MAX_TOKENS - 2:
+            print(f"{flag} has {count} tokens; the text encoder reads {MAX_TOKENS - 2}, the rest is cut off")
     native = hint.shape[1::-1] if hint is not None else (model.config.resolution,) * 2
     size = data.choose_size(args.resolution, native, model.config.multiple)
     if hint is not None:
-        hint = data.resize(hint, size, data.RESAMPLE[args.hint_resample or run.get("hint_resample", "area")])
+        if not data.same_aspect(native, size):
+            shapes = f"{native[0]}x{native[1]}, the images {size[0]}x{size[1]}"
+            print(f"{args.hint}: is {shapes}: {data.fraction_cut(native, size):.0%} of the hint is cut off")
+        hint = data.resize(hint, size, data.RESAMPLE[resample])
         hint = data.to_tensor(hint.astype(np.float32) / 255)
     images = draw(args, model, hint, size)
     columns = {"hint": [hint_image(hint)]} if hint is not None else {}
     save_grid(Path(args.out) / "grid.png", columns | {f"{i:04d}": [im] for i, im in enumerate(images)}, [args.prompt])
-    print(f"{len(images)} images and grid.png in {args.out}")
+    print(f"{len(images)} image{'s' * (len(images) != 1)} and grid.png in {args.out}")
 
 
 @torch.no_grad()
@@ -393,13 +428,14 @@ def draw(args: argparse.Namespace, model: ControlLDM, hint: Tensor | None, size:
                 ]
             latents = sample(model, each(context), each(negative), controls, size, settings, first, progress)
             for i, image in enumerate(to_uint8(model.decode(latents)), first):
-                Image.fromarray(image).save(out / f"{i:04d}.png")
+                save_picture(out / f"{i:04d}.png", image)
                 images.append(image)
     return images
 
 
 if __name__ == "__main__":
+    protect_output()
     try:
         main()
     except (ValueError, OSError) as e:  # a bad input: one line, no traceback
-        sys.exit(f"sampler.py: {e}")
+        sys.exit(f"sampler.py: {data.one_line(e)}")

@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import math
 import os
-import shutil
 import statistics
 import sys
 import time
@@ -31,23 +30,31 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from config import DEMO, Config, parse
+from config import DEMO, Config, check_device, parse
 from ldm import ControlLDM, compute_dtype_for, use_tf32
 from lowvram.estimate import choose_preset, describe_memory, plan, suggest_flags
 from lowvram.process import disable_malloc_trim, peak_memory
 from sampler import alphas_cumprod, q_sample, velocity
 from toy import circles
 from training.cache import VAE_ENCODER, build_cache, fingerprint, prepare_batch, release_encoders
-from training.checkpoints import read_state, restore_state, save_checkpoint
+from training.checkpoints import (
+    checkpoint_on_error,
+    read_state,
+    restore_state,
+    save_checkpoint,
+    set_later_aside,
+)
+from training.console import protect_output
 from training.distributed import Ranks
 from training.interruption import Interruption
 from training.records import Metrics, read_metrics
+from training.run_folder import RunFolder
 from training.setup import Trainer, build_trainer, update_ema, zero_grad
 from training.summary import print_summary, report
 from training.validation import Validation
+from training.verify import remarks, verified
 from weights import CheckpointError, ModelSource, load_model
-from weights.runs import list_checkpoints, newest_checkpoint
-from weights.writing import save_json
+from weights.runs import list_checkpoints, load_state, newest_checkpoint, run_of
 
 __all__ = ["Config", "diffusion_loss", "train"]
 
@@ -62,7 +69,7 @@ def diffusion_loss(
     (B,4,h,w). The target is the noise, or the velocity for v models. Nothing of the locked encoder requires a gradient,
     so it leaves no graph; of the locked decoder autograd keeps what the gradient of the residuals needs.
     `min_snr_gamma`: weigh timesteps as Hang et al. 2023 (arXiv:2303.09556); 0: all alike. `huber`: from this error on
-    the loss grows linearly (twice Huber's loss, which then begins as the square); 0: squared everywhere.
+    the loss grows linearly; 0: squared everywhere. (It is twice Huber's loss: equal to the square for small errors.)
     """
     latents, noise, timesteps, context = (batch[name] for name in ("latents", "noise", "timesteps", "context"))
     alphas = alphas_cumprod(model.config, latents.device)[timesteps]  # (B,)
@@ -83,12 +90,13 @@ def diffusion_loss(
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """The learning rate of step `step` (from 0): it rises during the warm-up, then stays or falls to a fiftieth.
+    """The learning rate of step `step` (from 0): it rises during the warm-up, then stays or falls to a fiftieth, over
+    `lr_steps` steps.
 
     A function of settings and step alone, so a resumed run has the rates of a run that was not stopped.
     """
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    progress = step / config.steps
+    progress = min(1.0, step / (config.lr_steps or config.steps))
     factors = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
     return config.learning_rate * warm * (0.02 + 0.98 * factors[config.lr_schedule])
 
@@ -100,35 +108,40 @@ def training_loop(
     loss_fn: Callable[..., Tensor],
     ranks: Ranks,
     validation: Validation | None,
-    save: Callable[[], bool],
+    save: Callable[..., bool],
+    interruption: Interruption,
 ) -> int:
     """Make all steps from `trainer.step` to `config.steps`. Returns the last step that was saved.
 
     loader: batches as dictionaries; loss_fn(model, batch) -> (B,); validation: on rank 0 alone; save: writes a
-    checkpoint and says whether it could. Ctrl-C or SIGTERM stop the loop after a checkpoint.
+    checkpoint and says whether it could; interruption: a signal stops the loop after a checkpoint.
     """
     config, model, optimizer, scaler = trainer.config, trainer.model, trainer.optimizer, trainer.scaler
-    home, masters = trainer.home, trainer.home.masters.values()
-    saved, skipped = trainer.step, 0
-    bar = tqdm(total=config.steps, initial=trainer.step, desc="training", unit="step", disable=None)
-    with Interruption() as interruption, bar:
+    home, health = trainer.home, trainer.health
+    masters = home.masters.values()  # the weights that the optimizer moves
+    saved, skipped, error = trainer.step, 0, None
+    with tqdm(total=config.steps, initial=trainer.step, desc="training", unit="step", disable=None) as bar:
         while trainer.step < config.steps:
-            if validation:
+            if validation:  # on rank 0 alone
                 validation.measure(trainer.step)
             started = time.perf_counter()
 
             # The gradient, summed over micro-batches. Every loss is divided by the samples of the whole step.
             loss = torch.zeros((), device=config.device)
             for i in range(config.accumulate_grad_batches):
-                batch = prepare_batch(model, next(loader), config.device, config.encode_batch_size)
+                try:
+                    samples = next(loader)
+                except Exception as e:  # a file is gone, a worker died: end in order, on all ranks
+                    error = e
+                if stopping := ranks.any(interruption.requested or error is not None):
+                    break
+                batch = prepare_batch(model, samples, config.device, config.encode_batch_size)
                 micro_loss = loss_fn(model, batch).sum() / config.batch
                 last = i + 1 == config.accumulate_grad_batches
                 # gradients are final after the last micro-batch, unless the ranks have yet to sum them
                 with home.offload_grads(last=last and ranks.count == 1):
                     scaler.scale(micro_loss.to(home.device)).backward()
                 loss += micro_loss.detach()
-                if stopping := ranks.any(interruption.requested):
-                    break
             if stopping:
                 zero_grad(trainer)
                 break
@@ -142,7 +155,7 @@ def training_loop(
             with_grad = [p for p in masters if p.grad is not None]
             norm = torch.nn.utils.get_total_norm([p.grad for p in with_grad])
             loss, grad_norm = loss.item(), norm.item()
-            if config.clip_grad_norm and not grad_norm <= config.clip_grad_norm:
+            if config.clip_grad_norm and not grad_norm <= config.clip_grad_norm:  # a norm that is nan included
                 torch.nn.utils.clip_grads_with_norm_(with_grad, config.clip_grad_norm, norm)
 
             # The step of the optimizer, unless loss or gradient are not finite (an enabled scaler sees to that itself,
@@ -151,6 +164,7 @@ def training_loop(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             finite = math.isfinite(loss + grad_norm)
+            trainer.between_steps = False
             if finite or scaler.is_enabled():
                 scaler.step(optimizer)
             if finite:
@@ -160,9 +174,11 @@ def training_loop(
             zero_grad(trainer)
             trainer.step += 1
             trainer.samples += config.batch
+            trainer.between_steps = True
 
             # Records, checkpoints, and the end of a run that diverged.
             skipped = 0 if finite else skipped + 1
+            health.observe(loss, finite or (scaler.is_enabled() and math.isfinite(loss)))  # fp16 overflows now and then
             if skipped > config.max_skipped:
                 raise CheckpointError(
                     f"{skipped} steps in a row had a loss or gradient that is not finite (now step {trainer.step}); "
@@ -171,17 +187,19 @@ def training_loop(
             if validation:
                 speed = config.batch / (time.perf_counter() - started)
                 measured = dict(loss=loss, grad_norm=grad_norm, learning_rate=rate, images_per_second=round(speed, 4))
-                validation.metrics.add(trainer.step, **measured)
+                validation.record(trainer.step, **measured)
                 used = peak_memory(config.device)
                 bar.set_postfix_str(f"loss {loss:.4f}, {speed:.1f} images/s, {used}{validation.last_gain}")
                 bar.update()
-                if trainer.step % config.checkpoint_freq == 0 and save():
+                if (trainer.step % config.checkpoint_freq == 0 or health.postponed) and save():
                     saved = trainer.step
 
-        if validation and trainer.step > saved and save():  # at the end, or when stopped
+        if validation and trainer.step > saved and save(final=True):  # at the end, or when stopped
             saved = trainer.step
         if validation and trainer.step == config.steps:
             validation.measure(config.steps, last=True)
+    if error:
+        raise error
     return saved
 
 
@@ -191,29 +209,30 @@ def train(
     dataset: Sequence[dict[str, Any]] | None = None,
     resume: str | Path | None = None,
     overwrite: bool = False,
+    data_changed: bool = False,
 ) -> Path:
     """Train as `config` says and return the run's folder.
 
     `dataset`: any array-like of dict(jpg (H,W,3) float32 in [-1,1], txt, hint (H,W,C) float32 in [0,1]), instead of the
     folder `config.data`; further keys reach the batch of the loss under their own names. `resume`: the folder of a run
-    to continue, which is then also where the results go. `overwrite`: start anew in a folder that holds a run. Raises
-    CheckpointError, DataError or ConfigError, one line each, for what cannot be trained on.
+    to continue, which is then also where the results go, or one of its checkpoints. `overwrite`: start anew in a folder
+    that holds a run. `data_changed`: accept on resume that rows of the data set are others. Raises CheckpointError,
+    DataError or ConfigError, one line each, for what cannot be trained on or saved.
     """
+    check_device(config.device)
     ranks, device_flag = Ranks(config.device), config.device
     if dataset is not None and len(dataset) and not config.resolution:
         height, width = np.shape(dataset[0]["jpg"])[:2]
         config = dataclasses.replace(config, resolution=f"{width}x{height}")
     config = choose_preset(dataclasses.replace(config, device=ranks.device), ranks)
-    run = Path(resume or config.out)
-    folder = newest_checkpoint(run) if resume else None
-    if not resume and not overwrite and (done := list_checkpoints(run)):
-        raise CheckpointError(
-            f"{run} holds a run (at {done[-1].name}): --resume {run} continues it, --out FOLDER puts the new run "
-            "elsewhere, --overwrite starts anew"
-        )
-    dataset = open_dataset(config, dataset, run)  # before the model: a bad row is told before gigabytes are read
-    set_process_options(config)
-    with explain_oom(config, run):
+    run = run_of(resume) if resume else Path(config.out)
+    run_folder = RunFolder(run, config, device_flag)
+    owner = run_folder.lock() if ranks.main else contextlib.nullcontext()
+    with Interruption() as interruption, owner, explain_oom(config, run):
+        folder = find_checkpoint(run, resume, overwrite, ranks)
+        config.lr_steps = schedule_length(config, folder)
+        dataset = open_dataset(config, dataset, run)  # before the model: a bad row is told before gigabytes are read
+        set_process_options(config)
         model = load_model(model_source(config, run if resume else None))
         config.prediction = model.config.prediction
         origin = {
@@ -221,17 +240,19 @@ def train(
             "vae": fingerprint(model.vae, VAE_ENCODER),
             "data": getattr(dataset, "fingerprint", ""),
         }
-        state = read_state(folder, config, origin) if folder else None
+        rows = dataset.row_digests() if isinstance(dataset, data.FolderDataset) else []
+        state = read_state(folder, config, origin, rows, data_changed) if folder else None
         samples, validation_items, uncond = build_samples(config, model, dataset)
         trainer = build_trainer(config, model)
+        trainer.rows = rows
         if folder:
             restore_state(trainer, folder, state)
         loss_fn = torch.compile(diffusion_loss, dynamic=False) if config.compile else diffusion_loss
         validation = None
         if ranks.main:
-            open_run(run, dataclasses.replace(config, device=device_flag), anew=not folder)
+            run_folder.prepare(anew=not folder)
             metrics = Metrics(run, trainer.step, config.tensorboard)
-            validation = Validation(trainer, samples, validation_items, uncond, loss_fn, run, metrics)
+            validation = Validation(trainer, samples, validation_items, uncond, loss_fn, run_folder, metrics)
             print_summary(trainer, samples)
         end = trainer.samples + (config.steps - trainer.step) * config.batch
         loader = data.batches(
@@ -239,20 +260,70 @@ def train(
             ranks.count,
         )  # fmt: skip
         weighted_loss = functools.partial(loss_fn, min_snr_gamma=config.min_snr_gamma, huber=config.huber)
-        save = functools.partial(save_checkpoint, run, trainer, origin)
-        saved = training_loop(trainer, loader, weighted_loss, ranks, validation, save)
-    if ranks.main:
-        report(run, saved, config.steps, metrics, samples, validation_items[0])
+        save = functools.partial(save_checkpoint, run_folder, trainer, origin)
+        interruption.begin_loop()
+        with checkpoint_on_error(run_folder, trainer, save) if ranks.main else contextlib.nullcontext():
+            saved = training_loop(trainer, loader, weighted_loss, ranks, validation, save, interruption)
+        if ranks.main:
+            report(run, saved, config.steps, metrics, samples, validation_items[0])
+            if saved < trainer.step:
+                raise CheckpointError(f"{run}: step {trainer.step} could not be saved; the last one saved is {saved}")
     return run
 
 
+def find_checkpoint(run: Path, resume: str | Path | None, overwrite: bool, ranks: Ranks) -> Path | None:
+    """The checkpoint with which to continue, or None for a new run. CheckpointError if the folder of a new run holds
+    another run already."""
+    if resume:
+        if ranks.main:
+            set_later_aside(resume)
+        ranks.any(False)  # the other ranks wait for rank 0 here
+        return newest_checkpoint(run)
+    if not overwrite and (done := list_checkpoints(run)):
+        raise CheckpointError(
+            f"{run} holds a run (at {done[-1].name}): --resume {run} continues it, --out FOLDER puts the new run "
+            "elsewhere, --overwrite starts anew"
+        )
+    return None
+
+
+def schedule_length(config: Config, folder: Path | None) -> int:
+    """The number of steps over which the learning rate falls: a part of the run, which more --steps do not stretch.
+
+    Says what happens to the rate where a resumed run has another length, or more steps than its schedule."""
+    if not folder:
+        return config.lr_steps or config.steps
+    state = load_state(folder)
+    before = state["config"].get("lr_steps") or state["config"]["steps"]
+    length = config.lr_steps or before
+    if config.lr_schedule == "constant":
+        return length
+    rates = [learning_rate(dataclasses.replace(config, lr_steps=n), state["step"]) for n in (before, config.steps)]
+    if length != before:
+        rates[1] = learning_rate(dataclasses.replace(config, lr_steps=length), state["step"])
+        print(f"--lr-steps is {length} instead of {before}: learning rate {rates[1]:.3g} instead of {rates[0]:.3g}")
+    elif config.steps > length:
+        print(
+            f"the learning rate has fallen to {rates[0]:.3g} by step {length} and stays there; --lr-steps "
+            f"{config.steps} would stretch the schedule (learning rate {rates[1]:.3g} now)"
+        )
+    return length
+
+
 def open_dataset(config: Config, dataset: Sequence | None, run: Path) -> data.FolderDataset | Sequence:
-    """The data set of the caller, or the folder `config.data`. DataError for a folder that cannot be read."""
+    """The data set of the caller, or the folder `config.data` with every file verified. DataError for a folder with bad
+    rows, unless they are to be skipped."""
     if dataset is not None:
         return dataset
     if not config.data:
         raise data.DataError(f"{run} was trained on a data set of your own: train.train(config, dataset, resume=run)")
-    return data.FolderDataset(config.data, None, config.hint_channels, config.hint_resample)
+    folder = data.FolderDataset(
+        config.data, None, config.hint_channels, config.hint_resample, False, config.hint_ground, config.hint_scale,
+        config.follow_links, config.max_megapixels,
+    )  # fmt: skip
+    folder = verified(folder, config.cache_dir, config.skip_bad_rows)
+    config.hint_ground = folder.hint_ground  # a resumed run, and drawing, keep to what was chosen
+    return folder
 
 
 def set_process_options(config: Config) -> None:
@@ -290,6 +361,8 @@ def build_samples(
     config.resolution = f"{size[0]}x{size[1]}"
     if from_files:
         dataset.size = size
+        for line in remarks(dataset, size):
+            print(line)
     else:
         dataset = data.ArrayDataset(dataset, size, config.hint_channels, config.hint_resample)
     count = len(dataset)
@@ -310,14 +383,6 @@ def build_samples(
     randomness = data.SampleRandomness(model.config.timesteps, **settings)
     samples = data.Samples(dataset, train_items, config.seed, latent_shape, randomness, encodings)
     return samples, list(range(count - held_out, count)), uncond
-
-
-def open_run(run: Path, config: Config, anew: bool) -> None:
-    """Make the run's folder and write config.json. `anew`: remove the checkpoints and images that a run before left."""
-    run.mkdir(parents=True, exist_ok=True)
-    for leftover in ("checkpoints", "image_log") if anew else ():
-        shutil.rmtree(run / leftover, ignore_errors=True)
-    save_json(run / "config.json", dataclasses.asdict(config))
 
 
 @contextlib.contextmanager
@@ -344,13 +409,14 @@ def main(argv: list[str] | None = None) -> None:
         return print(plan(command.config, command.vram, rate))
     if command.config.data == DEMO["data"] and not data.is_dataset(DEMO["data"]):
         circles.make(DEMO["data"])
-    train(command.config, resume=command.resume, overwrite=command.overwrite)
+    train(command.config, None, command.resume, command.overwrite, command.data_changed)
 
 
 if __name__ == "__main__":
+    protect_output()
     try:
         main()
-    except ValueError as e:  # a bad input (CheckpointError, DataError, ConfigError): one line, no traceback
-        sys.exit(f"train.py: {e}")
-    except KeyboardInterrupt:
-        sys.exit("train.py: stopped at once; --resume continues from the last checkpoint, caches keep what they have")
+    except (ValueError, OSError) as e:  # a bad input (CheckpointError, DataError, ConfigError): one line, no traceback
+        sys.exit(f"train.py: {data.one_line(e)}")
+    except KeyboardInterrupt as e:
+        sys.exit(f"train.py: {e or 'ended by Ctrl-C; --resume continues from the last checkpoint'}")

@@ -117,3 +117,111 @@ def test_a_worker_process_gets_no_copy_of_the_rows(tmp_path):
     assert row_cache[b"k" * 16].sum() == 100_000
     pickled = pickle.dumps(row_cache)
     assert len(pickled) < 10_000 and pickle.loads(pickled)[b"k" * 16].sum() == 100_000
+
+
+def filled(folder, count=6, shape=(2, 3)) -> tuple[RowCache, list[bytes], list[int]]:
+    """A cache of `count` rows, row i full of i, its keys, and a list of the positions that were computed."""
+    computed, keys = [], [data.digest(i) for i in range(count)]
+
+    def compute(positions):
+        computed.extend(positions)
+        return torch.stack([torch.full(shape, float(i)) for i in positions])
+
+    row_cache = RowCache(folder, "c", shape)
+    row_cache.fill(keys, compute, 4, "things")
+    row_cache.compute = compute
+    return row_cache, keys, computed
+
+
+def flip(path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["bin", "sums", "keys"])
+def test_a_damaged_row_is_noticed_when_it_is_read_and_computed_anew_at_the_next_start(tmp_path, capsys, file):
+    row_cache, keys, computed = filled(tmp_path)
+    flip(tmp_path / f"c.{file}", {"bin": 3 * 24 + 9, "sums": 3 * 4 + 1, "keys": 3 * 16 + 5}[file])
+    if file == "bin":
+        with pytest.raises(DataError, match=r"c.bin: row 3 is damaged .*; the next start \(--resume RUN\) computes"):
+            row_cache[keys[3]]
+    computed.clear()
+    again = RowCache(tmp_path, "c", (2, 3))
+    again.fill(keys, row_cache.compute, 4, "things")
+    assert computed == [3] and all(torch.equal(again[key], torch.full((2, 3), float(i))) for i, key in enumerate(keys))
+    assert ("1 rows are damaged" in capsys.readouterr().out) == (file != "keys")
+    computed.clear()
+    RowCache(tmp_path, "c", (2, 3)).fill(keys, row_cache.compute, 4, "things")
+    assert computed == []
+
+
+def test_a_cache_without_checksums_is_trusted_once(tmp_path):
+    """As it was written before there were checksums, and as a program of that time goes on with it."""
+    row_cache, keys, computed = filled(tmp_path)
+    whole = (tmp_path / "c.sums").read_bytes()
+    assert len(whole) == 6 * 4
+    for left in (b"", whole[:8], whole[:9]):
+        (tmp_path / "c.sums").write_bytes(left)
+        old = RowCache(tmp_path, "c", (2, 3))
+        assert torch.equal(old[keys[5]], torch.full((2, 3), 5.0))
+        computed.clear()
+        old.fill(keys, row_cache.compute, 4, "things")
+        assert computed == [] and (tmp_path / "c.sums").read_bytes() == whole
+
+
+def test_a_cache_that_shrinks_under_a_run_is_one_line(tmp_path):
+    row_cache, keys, computed = filled(tmp_path, 6, (64, 64))
+    assert row_cache[keys[0]].sum() == 0
+    with open(tmp_path / "c.bin", "r+b") as file:
+        file.truncate(5 * 64 * 64 * 4 - 1)
+    for row in (4, 5):
+        with pytest.raises(
+            DataError, match=f"row {row} is gone, the file was cut under the run; the next start"
+        ) as told:
+            row_cache[keys[row]]
+        assert "\n" not in str(told.value)
+    computed.clear()
+    row_cache.fill(keys, row_cache.compute, 4, "things")
+    assert computed == [4, 5] and row_cache[keys[5]][0, 0] == 5
+    (tmp_path / "c.bin").unlink()
+    with pytest.raises(DataError, match="c.bin: row 0 cannot be read"):
+        pickle.loads(pickle.dumps(row_cache)).__class__._read_row(RowCache(tmp_path, "c", (64, 64)), 0)
+
+
+def test_rows_are_read_without_pread_too(tmp_path, monkeypatch):
+    row_cache, keys, _ = filled(tmp_path)
+    monkeypatch.delattr(cache.os, "pread")
+    assert [row_cache[key][0, 0].item() for key in keys[::-1]] == [5, 4, 3, 2, 1, 0]
+
+
+def test_what_the_cache_holds_does_not_depend_on_the_batch_size(base, folder, tmp_path):
+    """On the CPU the same bits for each batch size and each rest; on other devices another place."""
+    model, dataset = load_model(base), data.FolderDataset(folder, (32, 32))
+    few = dataset.without(range(5, 24))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        targets = torch.stack([data.to_tensor(few.target(i)) for i in range(5)])
+        plain = model.vae.moments(targets)  # as before: all at once
+        for size in (1, 2, 3, 4, 8, 16):
+            kept = cache.build_cache(model, few, tmp_path / str(size), size)
+            assert all(torch.equal(kept.moments(i), plain[i]) for i in range(5)), size
+        large = cache.build_cache(model, dataset, tmp_path / "16", 16)
+        assert torch.equal(large.moments(20), cache.build_cache(model, dataset, tmp_path / "8", 8).moments(20))
+    torch.set_num_threads(threads)
+    names = [cache.encoding_batch(torch.device("cuda"), size) for size in (1, 8)]
+    assert names == [(1, 1, "-1"), (8, 8, "")]
+
+
+def test_a_second_start_reads_no_target(base, folder, tmp_path, monkeypatch):
+    model, dataset = load_model(base), data.FolderDataset(folder, (32, 32))
+    data.verify.find_bad_rows(dataset, workers=0)
+    with torch.no_grad():
+        keys = cache.build_cache(model, dataset, tmp_path, 8).keys
+        asked, key = [], data.FolderDataset.key
+        monkeypatch.setattr(data.FolderDataset, "key", lambda self, i: asked.append(i) or key(self, i))
+        assert cache.build_cache(model, dataset, tmp_path, 8).keys == keys
+        assert asked == list(range(8))  # the look at whether items are random
+        dataset.size = (64, 64)
+        assert cache.build_cache(model, dataset, tmp_path, 8).keys[20] != keys[20]

@@ -9,7 +9,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DISABLE_TELE
 import diffusers
 import numpy as np
 import pytest
-import safetensors
+import safetensors.torch
 import torch
 import transformers
 
@@ -21,6 +21,7 @@ from tests.conftest import distance
 from unet import UNetConfig
 from vae import VAEConfig
 from weights import CheckpointError, ModelSource, load_model, load_state_dict
+from weights.diffusers_folder import common_dtype
 from weights.source import merge_sources
 from weights.writing import save_safetensors
 
@@ -200,3 +201,57 @@ def test_tokenizer_files_of_both_paddings(tmp_path):
         prompts = ["Two  WORDS", "it's 42 naïve £ 🙂", ""]
         ids = theirs(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
         assert torch.equal(ids, Tokenizer(pad)(prompts))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("half", [False, True], ids=["", "half"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_exports_of_bases_in_every_precision_draw(dtype, half, tmp_path, capsys):
+    """diffusers loads float32 unless told a dtype, transformers what its configuration says: the parts must agree."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        state = ControlLDM(TINY).state_dict()
+    short = {k: v if k.startswith("control_model.") else v.to(dtype) for k, v in state.items()}  # trained in float32
+    save_safetensors(tmp_path / "mixed.safetensors", short, {"config": TINY.to_json()})
+    merge.main(["export", str(tmp_path / "mixed.safetensors"), str(tmp_path / "out"), *(["--half"] if half else [])])
+    stored = torch.float16 if half else torch.float32
+    assert str(stored).removeprefix("torch.") in capsys.readouterr().out
+    for file in (tmp_path / "out").glob("*/*.safetensors"):
+        assert {v.dtype for v in safetensors.torch.load_file(file).values() if v.is_floating_point()} == {stored}, file
+    for asked in ({}, {"torch_dtype": torch.bfloat16}):
+        pipe = diffusers.StableDiffusionControlNetPipeline.from_pretrained(tmp_path / "out", **asked)
+        pipe.set_progress_bar_config(disable=True)
+        parts = (pipe.unet, pipe.controlnet, pipe.vae, pipe.text_encoder)
+        assert {part.dtype for part in parts} == {asked.get("torch_dtype", torch.float32)}
+        image = pipe(PROMPT, image=HINT, num_inference_steps=1, output_type="np").images[0]
+        assert image.shape == (64, 64, 3) and np.isfinite(image).all()
+
+
+def test_one_precision_holds_all_weights(tmp_path):
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int64)
+    one = {dtype: torch.zeros(2).to(dtype) for dtype in dtypes}
+    for wanted, given in {
+        torch.float16: (torch.float16, torch.int64),
+        torch.bfloat16: (torch.bfloat16,),
+        torch.float32: (torch.float16, torch.bfloat16),
+    }.items():
+        assert common_dtype(one[dtype] for dtype in given) == wanted
+    assert common_dtype([one[torch.float8_e4m3fn]]) == torch.float16
+    assert common_dtype([one[torch.int64]]) == torch.float32
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_hints_that_other_programs_do_not_give_are_told(channels, tmp_path, capsys):
+    save_safetensors(tmp_path / "base.safetensors", ControlLDM(TINY, None).state_dict(), {"config": TINY.to_json()})
+    whole = str(tmp_path / "whole.safetensors")
+    merge.main([str(tmp_path / "base.safetensors"), whole, "--hint-channels", str(channels)])
+    capsys.readouterr()
+    for command in (
+        ["export", whole, str(tmp_path / "folder")],
+        ["export", whole, str(tmp_path / "file.ckpt")],
+        ["extract", whole, str(tmp_path / "control.safetensors")],
+        ["extract", whole, str(tmp_path / "control"), "--format", "diffusers"],
+    ):
+        merge.main(command)
+        said = capsys.readouterr().out
+        assert (f"hints of {channels} channel" in said) == (channels != 3), said

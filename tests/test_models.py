@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 
+import train
 from clip_text import Tokenizer
 from controlnet import ControlNet
-from layers import Conv1x1, Conv3x3, GatedGELU
+from layers import Addition, Conv1x1, Conv3x3, GatedGELU
 from ldm import SD21_V, TINY, ModelConfig
 from unet import UNetConfig
 from weights import CheckpointError, ModelSource, load_model, load_state_dict
@@ -96,6 +98,44 @@ def test_the_gate_has_the_same_gradient_and_keeps_only_what_came_in():
     assert torch.equal(out, plain) and len(kept) == 1 and kept[0].data_ptr() == x.data_ptr()
     grad = torch.randn_like(out)
     assert torch.equal(torch.autograd.grad(out, x, grad)[0], torch.autograd.grad(plain, x, grad)[0])
+
+
+class Label(Addition):
+    """As somebody adds it: an embedding of a class number."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.table = nn.Embedding(10, width)
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.table.weight, 0.5)
+
+
+def test_additions_start_train_and_come_back(base, folder, tmp_path, monkeypatch):
+    """A module of one's own in the ControlNet: older files load, a run keeps it, other code says what it lacks."""
+    old = tmp_path / "old.safetensors"
+    save_safetensors(old, load_model(ModelSource(base, attach=True)).state_dict(), {"config": TINY.to_json()})
+    plain = ControlNet.__init__
+
+    def with_label(self, *args):
+        plain(self, *args)
+        self.label = Label(self.config.model_channels)
+
+    name = "control_model.label.table.weight"
+    with monkeypatch.context() as m:
+        m.setattr(ControlNet, "__init__", with_label)
+        for source in (ModelSource(base, attach=True), ModelSource(old)):
+            assert (load_model(source).state_dict()[name] == 0.5).all()
+        real = ControlNet.embed_hint
+        label = lambda self, hint: real(self, hint) + self.label.table.weight[3][:, None, None]
+        m.setattr(ControlNet, "embed_hint", label)
+        settings = dict(steps=3, batch_size=2, learning_rate=1e-2, logger_freq=0, weight_decay=0.0, device="cpu")
+        paths = dict(base=str(old), data=str(folder), out=str(tmp_path / "run"), cache_dir=str(tmp_path / "cache"))
+        run = train.train(train.Config(**paths, **settings))
+        table = load_model(run).state_dict()[name]
+        assert (table[3] != 0.5).any() and (table[4] == 0.5).all()
+    with pytest.raises(CheckpointError, match=f"1 tensor that this ControlNet does not have, as {name}"):
+        load_model(run)
 
 
 def test_config_fields():

@@ -169,3 +169,30 @@ def test_command_line(base, tmp_path, capsys):
     )
     with Image.open(out / "0000.png") as image:
         assert image.size == (32, 64)
+
+
+def test_a_hint_is_read_as_the_run_read_its_hints_and_what_is_cut_is_told(base, tmp_path, capsys, monkeypatch):
+    model = load_model(ModelSource(base, attach=True, hint_channels=1))
+    run, seen = tmp_path / "m.safetensors", []
+    save_safetensors(run, model.state_dict(), {"config": TINY.to_json()})
+    ink = np.zeros((32, 64, 2), np.uint8)
+    ink[10:20, :, 1] = 255
+    Image.fromarray(ink).save(tmp_path / "ink.png")
+    Image.fromarray(np.full((64, 64), 8000, np.uint16)).save(tmp_path / "depth.png")
+    monkeypatch.setattr(sampler, "draw", lambda args, model, hint, size: seen.append(hint) or [])
+    monkeypatch.setattr(sampler, "save_grid", lambda *_: None)
+    monkeypatch.setattr(sampler, "is_run", lambda path: True)
+    settings = {}
+    monkeypatch.setattr(sampler, "load_run", lambda path: settings)
+    args = ["--model", str(run), "--prompt", "red circle", "--hint"]
+    sampler.main([*args, str(tmp_path / "ink.png"), "--resolution", "32"])
+    assert "ink.png: is 64x32, the images 32x32: 50% of the hint is cut off" in capsys.readouterr().out
+    assert seen[-1][0, 0, 0] == 1 and seen[-1][0, 15, 0] == 0
+    settings.update(hint_ground="black", hint_scale=8000.0)
+    sampler.main([*args, str(tmp_path / "depth.png"), "--negative-prompt", "very " * 80])
+    said = capsys.readouterr().out
+    assert seen[-1].min() == 1 and "cut off" in said and "--negative-prompt has 80 tokens" in said
+    sampler.main([*args, str(tmp_path / "depth.png"), "--hint-scale", "16000"])
+    assert abs(seen[-1].max() - 0.5) < 0.01 and not capsys.readouterr().out.count("cut off")
+    sampler.main([*args, str(tmp_path / "ink.png"), "--hint-scale", "0"])
+    assert not seen[-1].any()  # black ink on the run's black ground

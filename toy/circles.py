@@ -25,8 +25,10 @@ from PIL import Image, ImageColor
 from tqdm import tqdm
 
 import data
+from config import default_device, device, number
 from ldm import ControlLDM
 from sampler import Control, Sampling, sample
+from training.console import protect_output
 from training.records import save_grid, to_uint8
 from weights import CheckpointError, load_model
 from weights.runs import is_run, load_run
@@ -244,18 +246,16 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("make", help="write a data set", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("out", nargs="?", default="data/circles", help="folder to write")
-    p.add_argument("--count", type=int, default=2000, help="number of pairs")
-    p.add_argument("--size", type=int, default=128, help="side of the images in pixels")
-    p.add_argument("--seed", type=int, default=0, help="equal seeds make equal data sets")
+    p.add_argument("--count", type=number(int, 1, 1e9), default=2000, help="number of pairs")
+    p.add_argument("--size", type=number(int, 16, 16384), default=128, help="side of the images in pixels")
+    p.add_argument("--seed", type=number(int, 0), default=0, help="equal seeds make equal data sets")
     p = commands.add_parser("judge", help="measure a run", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("run", help="folder of a training run")
-    p.add_argument("--count", type=int, default=64, help="number of held-out hints")
-    p.add_argument("--steps", type=int, default=20, help="denoising steps")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device that computes")
+    p.add_argument("--count", type=number(int, 1), default=64, help="number of held-out hints")
+    p.add_argument("--steps", type=number(int, 1, 999), default=20, help="denoising steps")
+    p.add_argument("--device", type=device, default=default_device(), help="device that computes")
     args = parser.parse_args(argv)
     if args.command == "make":
-        if args.count < 1 or args.size < 16:
-            raise data.DataError("--count must be at least 1 and --size at least 16")
         make(args.out, args.count, args.size, args.seed)
         print(f"{args.count} pairs of {args.size}x{args.size} in {args.out}")
     else:
@@ -263,7 +263,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    protect_output()
     try:
         main()
     except (ValueError, OSError) as e:  # a bad input: one line, no traceback
-        sys.exit(f"toy.circles: {e}")
+        sys.exit(f"toy.circles: {data.one_line(e)}")

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import data
 import sampler
+from config import number
 from ldm import TINY, ControlLDM
 from toy import circles
 from training.records import save_grid, to_uint8
@@ -240,13 +241,13 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--out", default="models/tiny_sd.safetensors", help="file of the finished model")
     add("--work", default="runs/pretrain", help="folder for the weights and pictures of the stages")
-    add("--vae-steps", type=int, default=6000, help="training steps of the VAE")
-    add("--base-steps", type=int, nargs="+", default=[4000, 7000, 7000],
+    add("--vae-steps", type=number(int, 1, 1e9), default=6000, help="training steps of the VAE")
+    add("--base-steps", type=number(int, 1, 1e9), nargs="+", default=[4000, 7000, 7000],
         help="training steps of text encoder and UNet, cycle by cycle")  # fmt: skip
-    add("--base-bias", type=float, nargs="+", default=[1.0, 1.0, 0.75],
+    add("--base-bias", type=number(float, 1e-6), nargs="+", default=[1.0, 1.0, 0.75],
         help="bias of the timesteps 1000 u^bias, cycle by cycle; below 1 prefers high noise")  # fmt: skip
-    add("--decoder-steps", type=int, default=600, help="fine-tuning steps of the VAE's decoder")
-    add("--seed", type=int, default=0, help="seed of weights and noise")
+    add("--decoder-steps", type=number(int, 1, 1e9), default=600, help="fine-tuning steps of the VAE's decoder")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of weights and noise")
     args = parser.parse_args(argv)
     if len(args.base_bias) != len(args.base_steps):
         parser.error(f"--base-steps has {len(args.base_steps)} cycles, --base-bias {len(args.base_bias)}")

@@ -4,16 +4,21 @@
         trained.safetensors     all weights that train or ever trained in the run, under their checkpoint names
         average.safetensors     their moving average (with --ema-decay)
         optimizer.safetensors   the state of AdamW, as MOMENT:NAME
+        rows.txt                a digest of each row of the data set, to notice rows that change
         state.json              step, samples, configuration, fingerprints of base, VAE and data, loss scale
 
 The model itself is not in there: a run names its base. Reading which runs and checkpoints there are is in
 `weights/runs.py`, since drawing and merging need that too.
 """
 
+import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import shutil
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +26,68 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import data
 from config import Config
 from lowvram.optimizer import convert_state
 from training.distributed import world_size
-from training.setup import Trainer
-from weights.reading import CheckpointError, load_json, load_state_dict
-from weights.runs import list_checkpoints
-from weights.writing import write_folder, write_safetensors
+from training.run_folder import RunFolder
+from training.setup import Trainer, zero_grad
+from weights.reading import CheckpointError, load_state_dict
+from weights.runs import check_checkpoint, list_checkpoints, load_state, run_of, step_of
+from weights.writing import write_atomically, write_folder, write_safetensors
 
 
-def read_state(folder: Path, config: Config, origin: dict[str, str]) -> dict[str, Any]:
+def read_state(
+    folder: Path, config: Config, origin: dict[str, str], rows: list[str], data_changed: bool = False
+) -> dict[str, Any]:
     """The state.json of the checkpoint `folder`.
 
-    `origin`: fingerprints of base, VAE and data as they are now. CheckpointError where one is not that of the run, and
-    where the run has all of its steps already.
+    `origin`: fingerprints of base, VAE and data as they are now; `rows`: digests of the rows of the data set, empty for
+    a data set that is not a folder. CheckpointError where base or VAE are not those of the run, where rows are not and
+    `data_changed` does not accept that, and where the run has more steps than `config` asks for.
     """
-    state = load_json(folder / "state.json")
-    for name, path in (("base", config.base), ("vae", config.vae or config.base), ("data", config.data)):
+    state = load_state(folder)
+    for name, path in (("base", config.base), ("vae", config.vae or config.base)):
         if state.get(name, origin[name]) != origin[name]:
             raise CheckpointError(
                 f"{path}: not the {name} that {folder} was trained on (its content has another fingerprint)"
             )
-    if state["step"] >= config.steps:
-        raise CheckpointError(f"{folder}: is at step {state['step']}; --steps {config.steps} asks for no more")
+    if change := find_changed_rows(folder, state, origin, rows):
+        if not data_changed:
+            raise CheckpointError(
+                f"{config.data}: not the data that {folder} was trained on: {change}; --data-changed accepts that"
+            )
+        print(f"--data-changed: {change}; the order of the samples is another from here on")
+    if state["step"] > config.steps:
+        raise CheckpointError(f"{folder}: is at step {state['step']}, past --steps {config.steps}")
     return state
+
+
+def find_changed_rows(folder: Path, state: dict[str, Any], origin: dict[str, str], rows: list[str]) -> str:
+    """How the rows of the data set differ from those of the checkpoint `folder`, in words; empty if they do not."""
+    file = folder / "rows.txt"
+    if not rows or not file.exists():  # a checkpoint of before there was such a list
+        return "" if state.get("data", origin["data"]) == origin["data"] else "the list of its rows is another"
+    removed, added = data.compare_rows(file.read_text().split(), rows)
+    return f"{removed} rows were removed and {added} added (a repaired row counts as both)" if removed or added else ""
+
+
+def set_later_aside(resume: str | Path) -> None:
+    """If `resume` is the folder of one checkpoint, move the later checkpoints of its run to RUN/set_aside and say so.
+    CheckpointError if the checkpoint is damaged. Nothing happens if `resume` is the folder of a run."""
+    chosen, run = Path(resume), run_of(resume)
+    if run == chosen:
+        return
+    if damage := find_damage(chosen):
+        raise CheckpointError(f"{damage}; --resume {run} continues from the newest intact checkpoint")
+    later = [folder for folder in list_checkpoints(run) if step_of(folder) > step_of(chosen)]
+    for folder in later:
+        aside = run / "set_aside" / folder.name
+        aside.parent.mkdir(exist_ok=True)
+        if aside.exists():
+            shutil.rmtree(aside)
+        folder.rename(aside)
+        print(f"{folder.name} is later than {chosen.name} and was moved to {aside}")
 
 
 def restore_state(trainer: Trainer, folder: Path, state: dict[str, Any]) -> None:
@@ -87,24 +130,87 @@ def restore_optimizer(trainer: Trainer, folder: Path) -> None:
         print(f"{fresh} of {len(trainer.trainable)} trained tensors did not train before; their moments start at 0")
 
 
-def save_checkpoint(run: Path, trainer: Trainer, origin: dict[str, str]) -> bool:
-    """Write the checkpoint of `trainer.step`, then prune. False, with a line, if the disk does not take the files; the
-    older checkpoints stay then.
+def save_checkpoint(run_folder: RunFolder, trainer: Trainer, origin: dict[str, str], final: bool = False) -> bool:
+    """Write the checkpoint of `trainer.step`, read it back, then prune. False, with a line, if that fails or if the run
+    is not healthy (see training/health.py); the older checkpoints stay then. `final`: the run ends with this step.
 
     The checkpoint holds the whole ControlNet (also the part that does not train under `only_mid_control`), everything
-    else that trains, and `locked_weights`.
+    else that trains, and `locked_weights`. On a full disk the oldest checkpoint makes room, if a later one is intact.
     """
-    try:
-        write_checkpoint(run, trainer, origin)
-    except OSError as e:
-        tqdm.write(f"step {trainer.step}: the checkpoint could not be written ({e}); older ones stay")
+    run, config, health = run_folder.path, trainer.config, trainer.health
+    if problem := health.problem(trainer.home.masters.values(), final):
+        if final or not health.postponed:
+            tqdm.write(f"step {trainer.step}: no checkpoint is written, since {problem}; older ones stay")
+        health.postponed = True
         return False
-    prune(run, trainer.config.keep_checkpoints, trainer.config.keep_every)
+    health.postponed = False
+    while True:
+        try:
+            if not (run / "config.json").exists():  # somebody removed the folder
+                run_folder.save_config()
+            folder = write_checkpoint(run, trainer, origin)
+            break
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT) and make_room(run):
+                continue
+            tqdm.write(f"step {trainer.step}: the checkpoint could not be written ({e}); older ones stay")
+            return False
+    if damage := find_damage(folder):
+        tqdm.write(
+            f"step {trainer.step}: the checkpoint that was written cannot be read back ({damage}); older ones stay"
+        )
+        return False
+    with run_folder.guard("checkpoints"):  # Windows removes no file that another program has open
+        prune(run, trainer.step, config.keep_checkpoints, config.keep_every)
     return True
 
 
-def write_checkpoint(run: Path, trainer: Trainer, origin: dict[str, str]) -> None:
-    """Write the folder of the checkpoint, whole or not at all. Raises OSError."""
+@contextlib.contextmanager
+def checkpoint_on_error(run_folder: RunFolder, trainer: Trainer, save: Callable[..., bool]) -> Iterator[None]:
+    """While entered, an exception first saves the steps that are done, and leaves its traceback in error.txt.
+
+    An exception that is not one of ours (ValueError, OSError, out of memory) becomes a CheckpointError of one line.
+    """
+    try:
+        yield
+    except Exception as e:
+        run = run_folder.path
+        with run_folder.guard("error.txt"):
+            write_atomically(run / "error.txt", lambda path: path.write_text(traceback.format_exc()))
+        zero_grad(trainer)
+        newest = max(map(step_of, list_checkpoints(run)), default=0)
+        if trainer.between_steps and trainer.step > newest:
+            with contextlib.suppress(Exception):  # on a broken device nothing can be saved
+                save(final=True)
+        newest = max(map(step_of, list_checkpoints(run)), default=0)
+        tqdm.write(f"the newest checkpoint of {run} is of step {newest}; --resume continues from there")
+        if isinstance(e, (ValueError, OSError, torch.OutOfMemoryError)):
+            raise
+        reason = " ".join(str(e).split())[:300]
+        raise CheckpointError(f"{run}: {type(e).__name__}: {reason} (the traceback is in {run}/error.txt)") from e
+
+
+def find_damage(folder: Path) -> str:
+    """What is wrong with the checkpoint `folder`, in one line; empty if all its files have their checksums."""
+    try:
+        check_checkpoint(folder)
+    except CheckpointError as e:
+        return str(e)
+    return ""
+
+
+def make_room(run: Path) -> bool:
+    """Remove the oldest checkpoint if a later one is intact. Says whether one was removed."""
+    folders = list_checkpoints(run)
+    if len(folders) < 2 or find_damage(folders[-1]):
+        return False
+    tqdm.write(f"the disk is full: {folders[0]} was removed to make room")
+    remove_checkpoint(folders[0])
+    return True
+
+
+def write_checkpoint(run: Path, trainer: Trainer, origin: dict[str, str]) -> Path:
+    """Write the folder of the checkpoint, whole or not at all, and return it. Raises OSError."""
     config, masters = trainer.config, trainer.home.masters
     whole = trainer.model.state_dict()
     control = {name: tensor for name, tensor in whole.items() if name.startswith("control_model.")}
@@ -126,12 +232,29 @@ def write_checkpoint(run: Path, trainer: Trainer, origin: dict[str, str]) -> Non
     if trainer.ema:
         files["average.safetensors"] = lambda path: weights(path, trainer.ema)
     files["optimizer.safetensors"] = lambda path: write_safetensors(path, moments, {})
+    if trainer.rows:
+        files["rows.txt"] = lambda path: path.write_text("\n".join(trainer.rows) + "\n")
     files["state.json"] = lambda path: path.write_text(text)
-    write_folder(run / "checkpoints" / f"step-{trainer.step:06d}", files)
+    folder = run / "checkpoints" / f"step-{trainer.step:06d}"
+    write_folder(folder, files)
+    return folder
 
 
-def prune(run: Path, keep: int, keep_every: int) -> None:
-    """Remove all checkpoints but the newest `keep` (0: keep all) and those of every `keep_every`-th step (0: none)."""
-    for folder in list_checkpoints(run)[:-keep] if keep else ():
-        if not keep_every or int(folder.name.removeprefix("step-")) % keep_every:
-            shutil.rmtree(folder)
+def prune(run: Path, step: int, keep: int, keep_every: int) -> None:
+    """Remove all checkpoints but the newest `keep` (0: keep all) and those of every `keep_every`-th step (0: none).
+
+    Those after `step`, the one just saved, are damaged ones that a resume passed over: they take nobody's place.
+    """
+    folders = [folder for folder in list_checkpoints(run) if step_of(folder) <= step]
+    for folder in folders[:-keep] if keep else ():
+        if not keep_every or step_of(folder) % keep_every:
+            remove_checkpoint(folder)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove the folder of a checkpoint. A kill meanwhile leaves parts of it under another name alone, which the next
+    start removes."""
+    removed = folder.with_name(f"{folder.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    folder.rename(removed)
+    shutil.rmtree(removed)

@@ -1,13 +1,27 @@
 """Reading, resizing and saving the images of a data set.
 
-Image files come in many kinds: with alpha or without, gray with 16 bits a pixel (depth maps), turned by the camera, cut
-short. `read_image` brings all of them to (H,W,C) uint8 or says in one line what is wrong with the file. Hints may have
-any number of channels; those that no picture format can hold are `.npy` files.
+Image files come in many kinds: with transparency or without, gray with 16 bits a pixel (depth maps), floats, palettes,
+turned by the camera, cut short, or no files at all but pipes. `read_image` brings all of them to (H,W,C) uint8 or says
+in one line what is wrong with the file:
+
+    regular file of bounded size --Pillow, numpy--> numbers of any format --/ largest value--> 0..255
+        --transparent pixels laid on a ground--> (H,W,C) uint8
+
+Hints may have any number of channels; those that no picture format can hold are `.npy` files.
 """
 
 import contextlib
-from collections.abc import Iterator
+import io
+import math
+import os
+import re
+import stat
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -15,10 +29,54 @@ from PIL import Image, ImageOps
 RESAMPLE = {"area": Image.Resampling.BOX, "nearest": Image.Resampling.NEAREST}
 Size = tuple[int, int]  # (width, height) in pixels
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # number of channels -> Pillow's mode
+GROUNDS = {"white": 255, "black": 0}  # what shows through transparent pixels
+MAX_MEGAPIXELS = 256.0  # the largest image that is decoded, unless told otherwise
+# The largest value of what Pillow reads into its modes of more than 8 bits, by the format of the numbers in the file.
+LARGEST = {
+    "I;12": 4095,
+    "I;16S": 2**15 - 1,
+    "I;16BS": 2**15 - 1,
+    "I;32S": 2**31 - 1,
+    "I;32BS": 2**31 - 1,
+} | dict.fromkeys(("I;32", "I;32N", "I;32B"), 2**32 - 1)
 
 
 class DataError(ValueError):
     """A data set that cannot be trained on. The message names the file, the line and what to do about the problem."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How an image file becomes an array (H,W,channels) uint8.
+
+    channels: 1, 3 or 4, and any number for `.npy` files; None reads pictures as RGB and `.npy` files as they are.
+    ground: what shows through transparent pixels: "white", "black", or "auto", the one on which the rest is visible;
+    with 4 channels transparency is kept. scale: the value in the file that becomes 255; 0: the largest value of the
+    file's number format. class_numbers: palette images give the numbers of their colours. max_pixels: the largest
+    image that is decoded.
+    """
+
+    channels: int | None = 3
+    ground: str = "auto"
+    scale: float = 0.0
+    class_numbers: bool = False
+    max_pixels: float = MAX_MEGAPIXELS * 1e6
+
+
+class Decoded(NamedTuple):
+    """An image and what training tells of it: the largest of its numbers and the one that counts as full; how bright
+    its opaque part is (0..1; -1: nothing is transparent)."""
+
+    array: np.ndarray  # (H,W,C) uint8
+    largest: float
+    full: float
+    brightness: float = -1.0
+
+
+# ------------------------------------------------------------------------------------------------- from file to bytes
+def one_line(text: object) -> str:
+    """`text` with whatever does not print (line breaks, half characters) written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 @contextlib.contextmanager
@@ -26,53 +84,252 @@ def _naming(path: Path) -> Iterator[None]:
     """Turn any of the many exceptions of image decoders into a DataError of one line that names the file."""
     try:
         yield
-    except DataError:
-        raise
+    except DataError as e:
+        raise DataError(f"{one_line(path)}: {e}") from e
+    except FileNotFoundError as e:
+        raise DataError(f"{one_line(path)}: no such image") from e
+    except OSError as e:
+        raise DataError(f"{one_line(path)}: {e.strerror or f'not a readable image ({one_line(e)})'}") from e
     except Exception as e:
-        reason = "no such image" if isinstance(e, FileNotFoundError) else f"not a readable image ({e})"
-        raise DataError(f"{path}: {reason}") from e
+        reason = one_line(" ".join(str(e).split())) or type(e).__name__
+        raise DataError(f"{one_line(path)}: not a readable image ({reason})") from e
 
 
-def read_image(path: str | Path, channels: int | None = 3) -> np.ndarray:
-    """Read an image file as (H,W,channels) uint8.
-
-    Pictures can be read with 1, 3 or 4 channels; `.npy` files, (H,W,C) of uint8 or of floats in [0,1], have any number.
-    With `channels` None a picture is read as RGB and a `.npy` file with the channels it has. Raises DataError.
-    """
-    path = Path(path)
+def read_bytes(path: Path, max_pixels: float = MAX_MEGAPIXELS * 1e6) -> bytes:
+    """The content of a regular file. Raises DataError, also for a pipe or a device, which might never end."""
     with _naming(path):
-        if path.suffix == ".npy":
-            array = np.load(path, allow_pickle=False)
-            array = array[..., None] if array.ndim == 2 else array
-            if array.dtype != np.uint8:
-                if array.dtype.kind != "f" or array.min() < 0 or array.max() > 1:
-                    values = f"{array.dtype} from {array.min()} to {array.max()}"
-                    raise DataError(f"{path}: holds {values}; give uint8, or floats in [0, 1]")
-                array = (array * 255).round().astype(np.uint8)
-            if array.ndim != 3 or channels not in (None, array.shape[2]):
-                raise DataError(f"{path}: is {array.shape}, should be (height, width, {channels})")
-            return array
-        with Image.open(path) as image:
-            if channels not in (None, *MODES):
-                other = f"for {channels} give .npy files of (height, width, {channels})"
-                raise DataError(f"{path}: a picture has 1, 3 or 4 channels; {other}")
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits a pixel, as in depth maps; Pillow's own conversion would clip them
-                pixels = (np.asarray(image).astype(np.float32) / 257).round().clip(0, 255)
-                image = Image.fromarray(pixels.astype(np.uint8))
-            array = np.asarray(image.convert(MODES[channels or 3]))
-        return array[..., None] if array.ndim == 2 else array
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            raise DataError("is no regular file (a folder, pipe or device)")
+        if found.st_size > 16 * max_pixels:
+            raise DataError(f"has {found.st_size} bytes, more than an image of {max_pixels / 1e6:g} megapixels takes")
+        return path.read_bytes()
 
 
-def size_on_disk(path: Path) -> Size:
+def check_pixels(width: int, height: int, max_pixels: float) -> None:
+    """DataError for an image without pixels, or of more than the bound."""
+    if width * height == 0:
+        raise DataError("has nothing in it (no pixels)")
+    if width * height > max_pixels:
+        raise DataError(_too_large(f"is {width}x{height}", width * height, max_pixels))
+
+
+def _too_large(what: str, pixels: int, max_pixels: float) -> str:
+    wanted = f"--max-megapixels {math.ceil(pixels / 1e6)} raises it"
+    return f"{what}, which takes more memory than the bound allows: {wanted} (now {max_pixels / 1e6:g})"
+
+
+@lru_cache(maxsize=1)
+def _formats() -> list[str]:
+    """The formats that are read: all of Pillow's but those that hand the file to another program or system library."""
+    Image.preinit()
+    Image.init()
+    return [name for name in Image.ID if name not in ("EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5")]
+
+
+@contextlib.contextmanager
+def _opened(content: bytes | Path, max_pixels: float) -> Iterator[Image.Image]:
+    """The picture in `content`, not decoded yet. Pillow's own bound on the size, a global, is replaced by ours."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, int(max_pixels)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(
+                io.BytesIO(content) if isinstance(content, bytes) else content, formats=_formats()
+            ) as image:
+                check_pixels(*image.size, max_pixels)
+                yield image
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        (pixels,) = re.findall(r"\((\d+) pixels\)", str(e))[:1] or [max_pixels + 1]
+        raise DataError(_too_large(f"has {pixels} pixels", int(pixels), max_pixels)) from e
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+# ------------------------------------------------------------------------------------------------ from bytes to pixels
+def read_image(path: str | Path, channels: int | None = 3, **settings: object) -> np.ndarray:
+    """Read an image file as (H,W,channels) uint8; `settings`: further fields of Reading. Raises DataError.
+
+    `.npy` files are (H,W,C) of uint8, of floats in [0,1], or with `scale` of any numbers from 0 to `scale`.
+    """
+    return decode(Path(path), Reading(channels, **settings)).array
+
+
+def decode(path: Path, reading: Reading, content: bytes | None = None) -> Decoded:
+    """Read an image file, or its `content` if that is read already. Raises DataError."""
+    content = read_bytes(path, reading.max_pixels) if content is None else content
+    with _naming(path):
+        if path.suffix.lower() == ".npy":
+            return _decode_array(_load_npy(path, content, reading.max_pixels), reading)
+        if reading.channels not in (None, *MODES):
+            other = f"for {reading.channels} give .npy files of (height, width, {reading.channels})"
+            raise DataError(f"a picture has 1, 3 or 4 channels; {other}")
+        with _opened(content, reading.max_pixels) as image:
+            return _decode_picture(image, reading)
+
+
+def _npy_header(path: Path) -> tuple[tuple[int, ...], np.dtype, int, str]:
+    """Shape, dtype, place of the first number and memory order of a `.npy` file, checked against the file's length.
+
+    No number is read through the map, since the file may shrink under it.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            header = np.lib.format.open_memmap(path, mode="r")
+    except ValueError as e:
+        found = one_line(" ".join(str(e).split()))
+        empty = "; has nothing in it" if "empty" in found else ""
+        raise DataError(f"not a readable .npy file of numbers ({found}{empty})") from e
+    return header.shape, header.dtype, header.offset, "F" if header.flags.fnc else "C"
+
+
+def _load_npy(path: Path, content: bytes, max_pixels: float) -> np.ndarray:
+    """The array in a `.npy` file: (H,W) or (H,W,C) of numbers."""
+    shape, dtype, offset, order = _npy_header(path)
+    if dtype.kind not in "biuf" or len(shape) not in (2, 3):
+        raise DataError(f"is {shape} of {dtype}, should be (height, width, channels) of uint8 or floats")
+    check_pixels(shape[1], shape[0] * min(1, *shape[2:], 1), max_pixels)
+    return np.frombuffer(content, dtype, math.prod(shape), offset).reshape(shape, order=order)
+
+
+def _decode_array(array: np.ndarray, reading: Reading) -> Decoded:
+    """The array of a `.npy` file as an image."""
+    array = array[..., None] if array.ndim == 2 else array
+    if array.dtype.kind != "f" and array.dtype != np.uint8 and not reading.scale:
+        raise DataError(_refusal(array))
+    full = 255.0 if array.dtype == np.uint8 else 1.0
+    pixels, largest, full = to_uint8_range(array, full, reading.scale)
+    if reading.channels not in (None, array.shape[2]):
+        raise DataError(f"is {array.shape}, should be (height, width, {reading.channels})")
+    return Decoded(pixels, largest, full)
+
+
+def to_uint8_range(array: np.ndarray, full: float, scale: float) -> tuple[np.ndarray, float, float]:
+    """Map numbers from 0 to `scale` (0: to `full`) to 0..255. Returns the bytes, the largest number, and `full` or
+    `scale`. Raises DataError for numbers outside of the range."""
+    low, high = array.min(), array.max()
+    if not (np.isfinite(low) and np.isfinite(high)):  # a NaN anywhere makes both NaN
+        raise DataError(f"holds {array.dtype} with NaN or infinity")
+    limit = scale or full
+    if low < 0 or high > limit:
+        raise DataError(_refusal(array) if not scale else f"holds {high}, above --hint-scale {scale:g}")
+    if array.dtype == np.uint8 and limit == 255:
+        return array, float(high), limit
+    if limit == 1:
+        return (array * 255).round().astype(np.uint8), float(high), limit
+    precise = array if array.dtype.kind == "f" and array.dtype.itemsize > 4 else array.astype(np.float32)
+    return (precise / (limit / 255)).round().clip(0, 255).astype(np.uint8), float(high), limit
+
+
+def _refusal(array: np.ndarray) -> str:
+    values = f"{array.dtype} from {array.min()} to {array.max()}"
+    return f"holds {values}; give uint8, or floats in [0, 1] (hints: or their largest value as --hint-scale)"
+
+
+def _decode_picture(image: Image.Image, reading: Reading) -> Decoded:
+    raw = _raw_mode(image)
+    image = ImageOps.exif_transpose(image)
+    premultiplied = {"RGBa": "RGBA", "La": "LA"}
+    image = image.convert(premultiplied[image.mode]) if image.mode in premultiplied else image
+    if image.mode == "P" and reading.class_numbers:
+        numbers, largest, full = to_uint8_range(np.asarray(image), 255, reading.scale)
+        return Decoded(numbers[..., None], largest, full)
+    alpha = _alpha(image, raw)
+    largest, full = None, 255.0
+    if image.mode[0] in "IF":  # Pillow's own conversion would clip these to 0..255
+        numbers = np.asarray(image)
+        full = 1.0 if image.mode == "F" else LARGEST.get(raw, 2**16 - 1)
+        numbers = numbers.view(np.uint32) if full == 2**32 - 1 and numbers.dtype == np.int32 else numbers
+        pixels, largest, full = to_uint8_range(numbers, full, reading.scale)
+        image = Image.fromarray(pixels)
+    if alpha is not None and reading.channels == 4:
+        return Decoded(np.dstack([np.asarray(image.convert("RGB")), alpha]), 255, 255)
+    array = np.asarray(image.convert(MODES[reading.channels or 3]))
+    array = array[..., None] if array.ndim == 2 else array
+    if largest is None and reading.scale:
+        array, largest, full = to_uint8_range(array, 255, reading.scale)
+    brightness = -1.0
+    if alpha is not None:
+        weight = alpha.astype(np.float64)
+        brightness = float((np.asarray(image.convert("L")) * weight).sum() / max(1.0, weight.sum()) / 255)
+        array = lay_on(array, alpha, reading.ground if reading.ground in GROUNDS else visible_ground(brightness))
+    return Decoded(array, float(array.max() if largest is None else largest), full, brightness)
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """Pillow's name for the format of the numbers in the file ("I;16B", "RGB;16B"), before the file is decoded."""
+    arguments = image.tile[0][3] if getattr(image, "tile", None) else ""
+    arguments = arguments[0] if isinstance(arguments, (tuple, list)) and arguments else arguments
+    return arguments if isinstance(arguments, str) else ""
+
+
+def _alpha(image: Image.Image, raw: str) -> np.ndarray | None:
+    """How opaque each pixel is, (H,W) uint8, in whichever way the file says so; None if all pixels are opaque.
+
+    `raw`: the result of `_raw_mode`. Beside a channel of its own, a palette can hold transparency, and a file can name
+    one colour or shade that is transparent.
+    """
+    key = image.info.get("transparency")
+    if image.mode in ("RGBA", "LA", "PA") or (image.mode == "P" and image.has_transparency_data):
+        alpha = np.asarray(image.convert("RGBA").getchannel("A"))
+    elif isinstance(key, int):
+        steps = {"L;2": 85, "L;4": 17}.get(raw, 1)  # Pillow spreads shades of 2 and 4 bits over 0..255
+        key = bool(key) if image.mode == "1" else key * steps
+        alpha = np.where(np.asarray(image) == key, 0, 255).astype(np.uint8)
+    elif isinstance(key, tuple) and image.mode == "RGB":
+        key = [value >> 8 if "16" in raw else value for value in key]
+        alpha = np.where((np.asarray(image) == key).all(-1), 0, 255).astype(np.uint8)
+    else:
+        return None
+    return None if alpha.min() == 255 else alpha
+
+
+def visible_ground(brightness: float) -> str:
+    """The ground on which something of this brightness (0..1) can be seen."""
+    return "white" if brightness < 0.5 else "black"
+
+
+def lay_on(array: np.ndarray, alpha: np.ndarray, ground: str) -> np.ndarray:
+    """Lay (H,W,C) uint8 with `alpha` (H,W) uint8 on white or black."""
+    opaque = alpha[..., None].astype(np.uint32)
+    return ((array * opaque + GROUNDS[ground] * (255 - opaque) + 127) // 255).astype(np.uint8)
+
+
+def size_on_disk(path: Path, max_pixels: float = MAX_MEGAPIXELS * 1e6) -> Size:
     """The (width, height) of an image file, without decoding its pixels. Raises DataError."""
     with _naming(path):
-        if path.suffix == ".npy":
-            height, width = np.load(path, mmap_mode="r", allow_pickle=False).shape[:2]
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise DataError("is no regular file (a folder, pipe or device)")
+        if path.suffix.lower() == ".npy":
+            height, width = _npy_header(path)[0][:2]
             return width, height
-        with Image.open(path) as image:
+        with _opened(path, max_pixels) as image:
             quarter_turn = image.getexif().get(0x0112, 1) >= 5  # the camera's orientation tag
             return image.size[::-1] if quarter_turn else image.size
+
+
+# --------------------------------------------------------------------------------------------------------------- saving
+def save_whole(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, with the same ending, and rename it to `path`: whatever happens,
+    `path` is the whole new file or what stood there before."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save_picture(path: str | Path, picture: np.ndarray | Image.Image) -> None:
+    """Save (H,W), (H,W,3) or (H,W,4) uint8 as a picture file, whole or not at all. DataError for an unknown ending."""
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    if Path(path).suffix.lower() not in Image.registered_extensions():
+        raise DataError(f"{path}: the ending names no picture format; .png is one")
+    save_whole(path, image.save)
 
 
 def save_hint(stem: Path, hint: np.ndarray) -> Path:
@@ -80,10 +337,22 @@ def save_hint(stem: Path, hint: np.ndarray) -> Path:
     array, channels = (hint * 255).round().astype(np.uint8), hint.shape[2]
     path = stem.with_suffix(".png" if channels in MODES else ".npy")
     if channels in MODES:
-        Image.fromarray(array[..., 0] if channels == 1 else array).save(path)
+        save_picture(path, array[..., 0] if channels == 1 else array)
     else:
-        np.save(path, array)
+        save_whole(path, lambda partial: np.save(partial, array))
     return path
+
+
+# ------------------------------------------------------------------------------------------------------------- resizing
+def same_aspect(a: Size, b: Size) -> bool:
+    """Whether two sizes (width, height) have the same aspect ratio, to within the rounding of a pixel."""
+    return abs(a[0] * b[1] - b[0] * a[1]) < max(*a, *b)
+
+
+def fraction_cut(native: Size, size: Size) -> float:
+    """How much of the area of an image (width, height) is cut off when it is scaled to cover `size`: 0..1."""
+    scale = min(native[0] / size[0], native[1] / size[1])
+    return 1 - size[0] * scale * size[1] * scale / (native[0] * native[1])
 
 
 def resize(array: np.ndarray, size: Size, resample: Image.Resampling) -> np.ndarray:

@@ -4,8 +4,10 @@
 and the control gain (see `training/validation.py`) against the step.
 """
 
+import contextlib
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from training.images import save_picture
+from weights.writing import write_atomically
 
 INK, PAPER, FAINT, BLUE, RED = (30, 30, 30), (255, 255, 255), (225, 225, 225), (31, 105, 190), (200, 50, 40)
 
@@ -38,12 +43,12 @@ def save_grid(path: str | Path, columns: dict[str, Sequence[np.ndarray]], captio
     """Save a table of pictures as the image file `path`.
 
     `columns`: label -> pictures (H,W,3) uint8, one a row, all of one size. `captions`: the text under each row, broken
-    to the width of the table.
+    to the width of the table. The file is written whole or not at all.
     """
     rows = max(len(images) for images in columns.values())
     height, width = next(iter(columns.values()))[0].shape[:2]
-    column = max(width, 96)  # small pictures get room for their labels
-    font = ImageFont.load_default(size=max(11, min(22, column // 10)))
+    font = ImageFont.load_default(size=max(11, min(22, max(width, 96) // 10)))
+    column = max(width, 96, *(math.ceil(font.getlength(label)) for label in columns))  # labels get the room they need
     line, gap = font.size + 5, 6
     sheet_width = len(columns) * (column + gap) + gap
     wrapped = [_wrap(caption, font, sheet_width - 2 * gap) for caption in captions] or [[]] * rows
@@ -63,17 +68,21 @@ def save_grid(path: str | Path, columns: dict[str, Sequence[np.ndarray]], captio
             draw.text((gap, y + 1), text, INK, font)
             y += line
         y += gap
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    save_picture(path, sheet)
 
 
 def _wrap(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:
+    """Break `text` into lines of at most `width` pixels, between words, and within a word that is longer than that."""
     lines, current = [], ""
     for word in text.split():
         longer = f"{current} {word}".strip()
         if current and font.getlength(longer) > width:
             lines.append(current)
             longer = word
+        while len(longer) > 1 and font.getlength(longer) > width:
+            fits = next(n for n in range(len(longer) - 1, 0, -1) if n == 1 or font.getlength(longer[:n]) <= width)
+            lines.append(longer[:fits])
+            longer = longer[fits:]
         current = longer
     return [*lines, current] if current else lines
 
@@ -82,15 +91,17 @@ def _wrap(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:
 class Metrics:
     """`metrics.jsonl` of the folder `run`: one line for each measurement, with `step` and the measured values.
 
-    Opens the file for appending. Lines after `step` are cut off: they are of a run that was stopped past its last
-    checkpoint, and the resumed run will measure these steps itself. `tensorboard`: write the values to the folder
-    `tensorboard/` of the run, too.
+    Lines after `step` are cut off: they are of a run that was stopped past its last checkpoint, and the resumed run
+    will measure these steps itself. Lines that a full disk refused are kept and written with the next line.
+    `tensorboard`: write the values to the folder `tensorboard/` of the run, too.
     """
 
     def __init__(self, run: str | Path, step: int = 0, tensorboard: bool = False):
         self.path = Path(run) / "metrics.jsonl"
         self.lines = [entry for entry in read_metrics(run) if entry["step"] <= step]
-        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in self.lines))
+        text = self._text(0)
+        write_atomically(self.path, lambda partial: partial.write_bytes(text))
+        self._lines_written, self._bytes_written = len(self.lines), len(text)
         self.board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -98,14 +109,26 @@ class Metrics:
             self.board = SummaryWriter(str(Path(run) / "tensorboard"), purge_step=step + 1)
 
     def add(self, step: int, **values: Any) -> None:
-        """Append a line with everything in `values`, named numbers that were measured at `step`."""
+        """Append a line with everything in `values`, named numbers that were measured at `step`. Raises OSError."""
         self.lines.append({"step": step, **values})
+        self._write()
         for name, value in values.items() if self.board else ():
             self.board.add_scalar(name, value, step)
         if self.board:
             self.board.flush()
-        with open(self.path, "a") as f:
-            f.write(json.dumps(self.lines[-1]) + "\n")
+
+    def _text(self, start: int) -> bytes:
+        return "".join(json.dumps(entry) + "\n" for entry in self.lines[start:]).encode()
+
+    def _write(self) -> None:
+        """Append the lines that are not in the file yet, after cutting off what a failed attempt left."""
+        if not self.path.exists() or self.path.stat().st_size < self._bytes_written:  # the file is gone or was cut
+            self._lines_written = self._bytes_written = 0
+        text = self._text(self._lines_written)
+        with open(self.path, "ab") as f:
+            f.truncate(self._bytes_written)
+            f.write(text)
+        self._lines_written, self._bytes_written = len(self.lines), self._bytes_written + len(text)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of all lines that have `name`."""
@@ -114,14 +137,15 @@ class Metrics:
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The lines of the `metrics.jsonl` of the folder `run`, up to a line that an interruption cut short."""
+    """The lines of the `metrics.jsonl` of the folder `run`, each a dict of numbers with `step`. Damaged lines and what
+    is no number are left out."""
     path, entries = Path(run) / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, RecursionError):
             entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return entries
+    number = lambda v: isinstance(v, float) or (type(v) is int and abs(v) < 2**63)
+    entries = [{k: v for k, v in entry.items() if number(v)} for entry in entries if isinstance(entry, dict)]
+    return [entry for entry in entries if isinstance(entry.get("step"), int)]
 
 
 def sudden_convergence(steps: Sequence[int], gains: Sequence[float]) -> int | None:
@@ -137,39 +161,55 @@ def sudden_convergence(steps: Sequence[int], gains: Sequence[float]) -> int | No
 
 # ------------------------------------------------------------------------------------------------------------ curves
 def save_curves(path: str | Path, metrics: Metrics) -> None:
-    """Draw the loss (smoothed, over its raw values) and the control gain against the step, one above the other."""
+    """Draw the loss (smoothed, over its raw values) and the control gain against the step, one above the other.
+
+    Values that are not finite are left out. The file is written whole or not at all.
+    """
     sheet = Image.new("RGB", (900, 620), PAPER)
     draw = ImageDraw.Draw(sheet)
-    steps, losses = metrics.series("loss")
+    steps, losses = _finite(*metrics.series("loss"))
     smooth = list(itertools.accumulate(losses, lambda mean, loss: 0.95 * mean + 0.05 * loss))
-    end = max(steps, default=1)
-    _panel(draw, (70, 30, 880, 290), "loss", end, [(steps, losses, FAINT), (steps, smooth, BLUE)])
-    steps, gains = metrics.series("control_gain")
+    end = max([1, *metrics.series("loss")[0]])
+    _panel(draw, (90, 30, 870, 290), "loss", end, [(steps, losses, FAINT), (steps, smooth, BLUE)])
+    steps, gains = _finite(*metrics.series("control_gain"))
     title = "control gain: 1 - loss(right hints) / loss(others' hints)"
-    _panel(draw, (70, 340, 880, 580), title, end, [(steps, gains, RED)])
+    _panel(draw, (90, 340, 870, 580), title, end, [(steps, gains, RED)])
     converged = sudden_convergence(steps, gains)
     if converged is not None:
-        x = 70 + (880 - 70) * converged / end
+        x = 90 + (870 - 90) * min(1, converged / end)
         draw.line((x, 340, x, 580), INK)
-        draw.text((x + 5, 345), f"sudden convergence, step {converged}", INK, ImageFont.load_default(size=14))
-    sheet.save(path)
+        _label(draw, (x + 5, 345), f"sudden convergence, step {converged}", "la")
+    save_picture(path, sheet)
+
+
+def _finite(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:
+    """The finite ones of `values`, and their steps."""
+    kept = [(step, value) for step, value in zip(steps, values, strict=True) if np.isfinite(value)]
+    return [step for step, _ in kept], [value for _, value in kept]
+
+
+def _label(draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str, anchor: str) -> None:
+    """Write `text` at `place` (see Pillow's text anchors), moved as far to a side as it takes to be in the picture."""
+    font = ImageFont.load_default(size=14)
+    left, _, right, _ = draw.textbbox(place, text, font, anchor)
+    x = place[0] + max(0, 2 - left) - max(0, right - (draw.im.size[0] - 2))
+    draw.text((x, place[1]), text, INK, font, anchor)
 
 
 def _panel(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], title: str, end: int, curves: list) -> None:
     """Draw axes from step 0 to `end` and `curves` [(steps, values, color)] into `box` (left, top, right, bottom)."""
     left, top, right, bottom = box
-    font = ImageFont.load_default(size=14)
-    finite = [y for _, ys, _ in curves for y in ys if np.isfinite(y)] or [0.0, 1.0]
-    low, high = min(0.0, *finite), max(1e-6, float(np.percentile(finite, 99.5)))  # outliers may leave the panel
-    draw.text((left, top - 20), title, INK, font)
+    values = [y for _, ys, _ in curves for y in ys] or [0.0, 1.0]
+    low, high = min(0.0, *values), max(1e-6, float(np.percentile(values, 99.5)))  # outliers may leave the panel
+    _label(draw, (left, top - 20), title, "la")
     for k in range(5):
         y = bottom - (bottom - top) * k / 4
         draw.line((left, y, right, y), FAINT)
-        draw.text((8, y - 8), f"{low + (high - low) * k / 4:.3g}", INK, font)
-        draw.text((left + (right - left) * k / 4 - 10, bottom + 5), str(round(end * k / 4)), INK, font)
+        _label(draw, (left - 8, y), f"{low + (high - low) * k / 4:.3g}", "rm")
+        _label(draw, (left + (right - left) * k / 4, bottom + 5), str(round(end * k / 4)), "ma")
     to_x = lambda step: left + (right - left) * step / max(1, end)
     to_y = lambda value: bottom - (bottom - top) * (min(max(value, low), high) - low) / (high - low)
     for xs, ys, color in curves:
-        points = [(to_x(x), to_y(y)) for x, y in zip(xs, ys, strict=True) if np.isfinite(y)]
+        points = [(to_x(x), to_y(y)) for x, y in zip(xs, ys, strict=True)]
         if len(points) > 1:
             draw.line(points, color, 2)

@@ -26,6 +26,7 @@ from ldm import PRECISIONS, ControlLDM, compute_dtype_for
 from lowvram.offload import OptimizerInPlace, OptimizerOnCPU, is_fake, is_kept_on_cpu
 from lowvram.optimizer import AdamW
 from lowvram.streaming import BlockStreamer
+from training.health import Health
 from unet import CrossAttention
 
 
@@ -40,9 +41,12 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: dict[str, Tensor]  # moving average of the masters; empty without --ema-decay
-    locked_weights: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # trained before the last resume only
+    locked_weights: dict[str, Tensor]  # of the ControlNet and what trained before, as they are saved; they do not train
+    rows: list[str] = dataclasses.field(default_factory=list)  # digests of the data set's rows, if it is a folder
     step: int = 0  # steps that are done
     samples: int = 0  # samples that they consumed
+    health: Health = dataclasses.field(default_factory=Health)  # whether checkpoints may be written
+    between_steps: bool = True  # False while the optimizer moves the weights, which then belong to no step
 
 
 def select_trainable(model: ControlLDM, config: Config) -> dict[str, nn.Parameter]:
@@ -72,7 +76,9 @@ def build_trainer(config: Config, model: ControlLDM) -> Trainer:
     if config.channels_last:
         for p in model.parameters():
             p.data = p.data.contiguous(memory_format=torch.channels_last) if p.ndim == 4 else p.data
-    # the masters copy the weights before these are rounded
+    # masters and locked weights are copied before the model's weights are rounded
+    named = model.control_model.named_parameters(prefix="control_model")
+    locked_weights = {name: p.detach().clone() for name, p in named if not p.requires_grad}
     home = OptimizerOnCPU(trainable) if config.optimizer_on_cpu else OptimizerInPlace(trainable, config.device)
     place_weights(config, model)
     if config.optimizer_bits != 32 and config.precision != "fp16" and not config.optimizer_on_cpu:
@@ -82,7 +88,7 @@ def build_trainer(config: Config, model: ControlLDM) -> Trainer:
     scaled_on = "cpu" if config.optimizer_on_cpu else torch.device(config.device).type
     scaler = torch.amp.GradScaler(scaled_on, enabled=config.precision == "fp16")
     ema = {name: p.detach().float().clone() for name, p in home.masters.items()} if config.ema_decay else {}
-    return Trainer(config, model, trainable, home, optimizer, scaler, ema)
+    return Trainer(config, model, trainable, home, optimizer, scaler, ema, locked_weights)
 
 
 def place_weights(config: Config, model: ControlLDM) -> None:

@@ -22,6 +22,7 @@ import data
 from sampler import Control, Sampling, sample
 from training.cache import prepare_batch
 from training.records import Metrics, hint_image, save_curves, save_grid, sudden_convergence, to_uint8
+from training.run_folder import RunFolder
 from training.setup import Trainer, ema_weights
 
 
@@ -29,7 +30,7 @@ class Validation:
     """Measures and draws every `logger_freq` steps (0: never), with the moving average of the weights if there is one.
 
     items: the held-out items of the data set; uncond (77,D): the context of the empty prompt; loss_fn(model, batch) ->
-    (B,). Measurements go to `metrics` and `run/curves.png`, images to `run/image_log/`.
+    (B,). Measurements go to `metrics` and `curves.png` of the run's folder, images to its `image_log/`.
     """
 
     def __init__(
@@ -39,11 +40,11 @@ class Validation:
         items: list[int],
         uncond: Tensor,
         loss_fn: Callable[..., Tensor],
-        run: Path,
+        run_folder: RunFolder,
         metrics: Metrics,
     ):
         self.trainer, self.samples, self.items, self.uncond = trainer, samples, items, uncond
-        self.loss_fn, self.run, self.metrics = loss_fn, run, metrics
+        self.loss_fn, self.run_folder, self.metrics = loss_fn, run_folder, metrics
         self.last_gain = ""  # for the progress bar
         self.converged = sudden_convergence(*metrics.series("control_gain")) is not None
         self.batches = self._fixed_batches()
@@ -64,19 +65,32 @@ class Validation:
             batches.append(torch.utils.data.default_collate(items) | fixed)
         return batches
 
+    def record(self, step: int, **values: float) -> None:
+        """Write what was measured at `step` to the metrics."""
+        with self.run_folder.guard("metrics.jsonl"):
+            self.metrics.add(step, **values)
+
     def measure(self, step: int, last: bool = False) -> None:
-        """Measure and draw, if `step` is due or the `last` one and was not measured before a resume."""
-        every = self.trainer.config.logger_freq
-        if not every or (step % every and not last) or step in self.metrics.series("control_gain")[0]:
+        """Measure and draw, if `step` is due or the `last` one. After a resume only what is missing is made."""
+        every, grid = self.trainer.config.logger_freq, f"image_log/step-{step:06d}.png"
+        if not every or (step % every and not last):
             return
         with ema_weights(self.trainer):
-            right, other = self.losses()
-            gain = 1 - right / other
-            self.metrics.add(step, val_loss=right, val_loss_other_hints=other, control_gain=gain)
-            self.last_gain = f", control gain {gain:.3f}"
-            tqdm.write(f"step {step}: validation loss {right:.4f}, control gain {gain:.3f}")
-            self.draw(self.run / "image_log" / f"step-{step:06d}.png")
-        save_curves(self.run / "curves.png", self.metrics)
+            if step not in self.metrics.series("control_gain")[0]:
+                self.measure_gain(step)
+            if not (self.run_folder.path / grid).exists():
+                with self.run_folder.guard(grid):
+                    self.draw(self.run_folder.path / grid)
+        with self.run_folder.guard("curves.png"):
+            save_curves(self.run_folder.path / "curves.png", self.metrics)
+
+    def measure_gain(self, step: int) -> None:
+        """Measure the losses and the control gain, write and print them, and tell the sudden convergence once."""
+        right, other = self.losses()
+        gain = 1 - right / other
+        self.record(step, val_loss=right, val_loss_other_hints=other, control_gain=gain)
+        self.last_gain = f", control gain {gain:.3f}"
+        tqdm.write(f"step {step}: validation loss {right:.4f}, control gain {gain:.3f}")
         jump = sudden_convergence(*self.metrics.series("control_gain"))
         if jump is not None and not self.converged:
             self.converged = True

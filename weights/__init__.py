@@ -1,6 +1,7 @@
 """Weights in files: reading safely, writing whole, other spellings of the key names, and models put together.
 
 reading, writing, runs      files and folders; original key names, whatever the format
+pickles, configs            what a pickle may do, and what configurations may say
 spelling, diffusers_folder  the names and configurations that diffusers and transformers use
 source                      `load_model(ModelSource(...))`: which model this is, put together from which files
 """

@@ -10,16 +10,21 @@ the attention heads is, for these models, their number). `diffusers_folder` and 
 as dictionaries: file name -> JSON, text, or tensors.
 """
 
+import functools
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from clip_text import TextConfig, tokenizer_files
 from ldm import ModelConfig
 from unet import UNetConfig
 from vae import VAEConfig
-from weights.reading import CheckpointError
-from weights.source import hint_widths_of, missing_weights, strip_prefix
+from weights.configs import CheckpointError
+from weights.detect import hint_channels_of, hint_widths_of
+from weights.source import check_networks, missing_weights, strip_prefix
 from weights.spelling import (
     CONTROL,
     TEXT,
@@ -36,10 +41,14 @@ from weights.spelling import (
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
-def diffusers_folder(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Any]:
-    """The diffusers folder of a whole model, with or without ControlNet: file name -> JSON, text, or tensors."""
-    if missing := missing_weights(state, config, whole=True):
-        raise CheckpointError(f"not a whole model: {missing[0]}")
+def diffusers_folder(path: str | Path, state: dict[str, Tensor], config: ModelConfig) -> dict[str, Any]:
+    """The diffusers folder of a whole model, with or without ControlNet: file name -> JSON, text, or tensors.
+
+    `path`: where `state` comes from. Raises CheckpointError if weights are missing.
+    """
+    check_networks(state, config, lambda prefix: path)
+    if missing := missing_weights(path, state, config, whole=True):
+        raise CheckpointError(f"{path}: not a whole model: {missing[0]}")
     control = {k: v for k, v in state.items() if k.startswith(CONTROL)}
     side, layers = config.resolution, config.text.layers - config.text.penultimate
     upcast_attention = config.unet.use_linear_in_transformer and config.prediction == "v"
@@ -56,15 +65,16 @@ def diffusers_folder(state: dict[str, Tensor], config: ModelConfig) -> dict[str,
         "text_encoder/model.safetensors": text_to_transformers(strip_prefix(state, TEXT), layers),
     }
     files |= {f"tokenizer/{name}": text for name, text in tokenizer_files(config.pad).items()}
-    return files | ({f"controlnet/{k}": v for k, v in control_folder(control, config).items()} if control else {})
+    return files | ({f"controlnet/{k}": v for k, v in control_folder(path, control, config).items()} if control else {})
 
 
-def control_folder(control: dict[str, Tensor], config: ModelConfig) -> dict[str, Any]:
-    """The diffusers folder of a ControlNet (keys `control_model.*`): file name -> JSON or tensors."""
+def control_folder(path: str | Path, control: dict[str, Tensor], config: ModelConfig) -> dict[str, Any]:
+    """The diffusers folder of a ControlNet (keys `control_model.*`) from `path`: file name -> JSON or tensors."""
+    check_networks(control, config, lambda prefix: path)
     control = strip_prefix(control, CONTROL)
-    hint_channels = control["input_hint_block.0.weight"].shape[1]
+    channels, widths = hint_channels_of(control, path), hint_widths_of(control, path)
     return {
-        "config.json": control_config(config.unet, hint_channels, hint_widths_of(control)),
+        "config.json": control_config(config.unet, channels, widths, config.global_pool),
         WEIGHTS_FILE: to_diffusers(control, control_table(*unet_levels(config.unet))),
     }
 
@@ -101,14 +111,17 @@ def unet_config(config: UNetConfig, sample_size: int, upcast_attention: bool = F
     }
 
 
-def control_config(config: UNetConfig, hint_channels: int, hint_widths: tuple[int, ...]) -> dict[str, Any]:
-    """`config.json` of a ControlNet's folder."""
+def control_config(
+    config: UNetConfig, hint_channels: int, hint_widths: tuple[int, ...], global_pool: bool = False
+) -> dict[str, Any]:
+    """`config.json` of a ControlNet's folder. `global_pool`: see `controlnet.ControlNet`."""
     decoder_only = ("sample_size", "out_channels", "up_block_types")
     return {k: v for k, v in unet_config(config, 0).items() if k not in decoder_only} | {
         "_class_name": "ControlNetModel",
         "conditioning_channels": hint_channels,
         "conditioning_embedding_out_channels": list(hint_widths),
         "controlnet_conditioning_channel_order": "rgb",
+        "global_pool_conditions": global_pool,
     }
 
 
@@ -131,10 +144,20 @@ def vae_config(config: VAEConfig, scale_factor: float, sample_size: int) -> dict
     }
 
 
+def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
+    """The narrowest floating-point dtype that holds all floating-point tensors without rounding."""
+    dtypes = {t.dtype if t.itemsize > 1 else torch.float16 for t in tensors if t.is_floating_point()}
+    return functools.reduce(torch.promote_types, dtypes or {torch.float32})
+
+
 def text_config(config: TextConfig) -> dict[str, Any]:
     """`text_encoder/config.json`, for transformers."""
     return {
         "architectures": ["CLIPTextModel"],
+        # Unless from_pretrained is given a dtype, transformers takes the one that stands here (or the file's), and
+        # diffusers takes float32 whatever the file has: the parts of a pipeline must agree.
+        "dtype": "float32",
+        "torch_dtype": "float32",  # the name before transformers 4.56
         "model_type": "clip_text_model",
         "hidden_size": config.width,
         "intermediate_size": config.mlp_width,

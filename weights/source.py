@@ -11,6 +11,8 @@ otherwise from the shapes of the UNet (`detect_model`). Keys are original ones e
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +21,22 @@ from torch import Tensor, nn
 
 from clip_text import CLIPTextModel, clip_spelling
 from controlnet import ControlNet
-from ldm import SD15, SD21, SD21_V, ControlLDM, ModelConfig
-from weights.reading import CheckpointError, is_run, load_metadata, load_prediction, load_state_dict
+from layers import Addition
+from ldm import SD21, SD21_V, ControlLDM, ModelConfig
+from weights.configs import (
+    CheckpointError,
+    check_network,
+    is_run,
+    metadata_config,
+    network_settings,
+    scheduler_settings,
+)
+from weights.detect import detect_model, hint_channels_of, hint_widths_of, measured_prediction, pools_globally
+from weights.kinds import describe, refuse_other_kinds, refuse_unknown
+from weights.reading import load_metadata, load_state_dict
 from weights.runs import load_run, newest_checkpoint
-from weights.spelling import CONTROL, DIFFERENCE, TEXT, UNET, VAE
+from weights.spelling import COMPONENTS, CONTROL, DIFFERENCE, TEXT, UNET, VAE
 
-COMPONENTS = {"UNet": UNET, "ControlNet": CONTROL, "VAE": VAE, "text encoder": TEXT}
 VAE_KEYS = tuple(VAE + name for name in ("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))  # not its loss
 
 
@@ -52,18 +64,16 @@ def load_model(source: ModelSource | str | Path) -> ControlLDM:
     `control_model` is None if the source has no ControlNet and does not ask to attach one. Raises CheckpointError.
     """
     source = _with_run_settings(source)
-    base, trained = _read_base(source), _read_trained(source)
-    config = _read_config(source, base | trained)
-    control, hint_channels = strip_prefix(base | trained, CONTROL), None
-    if control:
-        hint_channels = _hint_channels(source, control)
-        config = dataclasses.replace(config, hint_widths=hint_widths_of(control))
+    base, (trained, saved) = _read_base(source), _read_trained(source)
+    config = _read_config(source, base | trained, saved)
+    control = strip_prefix(base | trained, CONTROL)
+    hint_channels = _hint_channels(source, control) if control else None
     with torch.device("meta"):
         model = ControlLDM(config, hint_channels)
     for prefix, module in ((UNET, model.unet), (VAE, model.vae), (TEXT, model.text)):
-        load_component(source.path, module, strip_prefix(base, prefix), prefix)
+        load_component(_origin(source, prefix), module, strip_prefix(base, prefix), prefix, source.seed)
     if control:
-        load_component(source.path, model.control_model, control, CONTROL)
+        load_component(_origin(source, CONTROL), model.control_model, control, CONTROL, source.seed)
     elif source.attach:
         model.control_model = ControlNet.from_unet(
             model.unet, source.hint_channels or 3, config.hint_widths, source.seed, config.hint_gain
@@ -77,14 +87,16 @@ def load_model(source: ModelSource | str | Path) -> ControlLDM:
 def read_model(source: ModelSource | str | Path) -> tuple[dict[str, Tensor], ModelConfig]:
     """All tensors of the model that `source` names, under original keys, and the model's configuration."""
     source = _with_run_settings(source)
-    state = merge_sources(source)
-    return state, _read_config(source, state)
+    base, (trained, saved) = _read_base(source), _read_trained(source)
+    config = _read_config(source, base | trained, saved)
+    check_networks(base, config, lambda prefix: _origin(source, prefix))
+    return base | trained, config
 
 
 def merge_sources(source: ModelSource | str | Path) -> dict[str, Tensor]:
     """All tensors of the model that `source` names, under original keys. Of a run's settings only the base counts."""
     source = _as_source(source)
-    return _read_base(source) | _read_trained(source)
+    return _read_base(source) | _read_trained(source)[0]
 
 
 # -------------------------------------------------------------------------------------------------- reading the pieces
@@ -115,6 +127,17 @@ def _base_path(source: ModelSource) -> Path:
     return Path(source.base or load_run(source.path)["base"]) if is_run(source.path) else Path(source.path)
 
 
+def _origin(source: ModelSource, prefix: str) -> Path:
+    """The file or folder that the component with this prefix comes from; for messages."""
+    if prefix == CONTROL and is_run(source.path):
+        return Path(source.path)
+    if own := {CONTROL: source.control, VAE: source.vae}.get(prefix):
+        return Path(own)
+    path = _base_path(source)
+    folder = path / {UNET: "unet", CONTROL: "controlnet", VAE: "vae", TEXT: "text_encoder"}[prefix]
+    return folder if (path / "model_index.json").exists() and folder.is_dir() else path
+
+
 def _read_base(source: ModelSource) -> dict[str, Tensor]:
     """The tensors of the base model, with `ema`, `control` and `vae` laid over them; nothing that a run trained."""
     path = _base_path(source)
@@ -132,37 +155,43 @@ def _read_base(source: ModelSource) -> dict[str, Tensor]:
             raise CheckpointError(f"{path}: has no moving average of its UNet (model_ema.*); leave --ema out")
         state |= {k: state[name] for k, name in averages.items()}
     state = {k: v for k, v in state.items() if not k.startswith("model_ema.")}
+    refuse_other_kinds(path, state)
     if source.control:
         control = read_component(source.control, CONTROL)
-        check_matches_unet(source.control, control, path, state)
-        is_difference = control.pop(DIFFERENCE, None) is not None
-        state |= add_unet_weights(control, state) if is_difference else control
+        state |= whole_control(source.control, control, path, state)
     if source.vae:
         vae = read_component(source.vae, VAE)
         misfits = [k for k, v in vae.items() if k in state and state[k].shape != v.shape]
         if misfits:
             raise CheckpointError(f"{source.vae}: a VAE of another shape than that of {path} ({misfits[0]})")
+        if lacking := [k for k in state if k.startswith(VAE_KEYS) and k not in vae]:
+            raise CheckpointError(f"{source.vae}: lacks {lacking[0]} of a VAE ({len(lacking)} weights missing)")
         state |= vae
     return state
 
 
-def _read_trained(source: ModelSource) -> dict[str, Tensor]:
-    """The tensors that a run trained, from its newest checkpoint; empty if the source is not a run."""
+def _read_trained(source: ModelSource) -> tuple[dict[str, Tensor], ModelConfig | None]:
+    """The tensors that a run trained, from its newest checkpoint, and the configuration that is saved with them.
+
+    Nothing if the source is not a run.
+    """
     if not is_run(source.path):
-        return {}
+        return {}, None
     folder = newest_checkpoint(source.path)
     trained = load_state_dict(folder / "trained.safetensors")
     if source.use_run_ema and (folder / "average.safetensors").exists():
         trained |= load_state_dict(folder / "average.safetensors")
-    return trained
+    file = folder / "trained.safetensors"
+    return trained, metadata_config(file, load_metadata(file).get("config", ""))
 
 
 def read_component(path: str | Path, prefix: str) -> dict[str, Tensor]:
     """The ControlNet (prefix CONTROL, with the mark of a difference) or the VAE (prefix VAE) of a file or folder.
 
-    Raises CheckpointError if the file has no such component.
+    Raises CheckpointError if the file has no such component, or one of another kind.
     """
     state = load_state_dict(path)
+    refuse_other_kinds(path, state)
     component = {k: v for k, v in state.items() if k.startswith(VAE_KEYS if prefix == VAE else prefix)}
     if not component:
         needed = "VAE" if prefix == VAE else "ControlNet"
@@ -190,9 +219,25 @@ def check_matches_unet(
     """Raise CheckpointError unless the copied weights in `control` have the shapes of the UNet's weights in `state`."""
     copies = [k for k in control if unet_key(k) in state]
     misfits = [k for k in copies if control[k].shape != state[unet_key(k)].shape]
-    if misfits or not copies:
+    if misfits or not (copies or DIFFERENCE in control):
         example = (misfits or list(control))[0]
         raise CheckpointError(f"{path}: a ControlNet of another kind of model than {base} ({example})")
+
+
+def whole_control(
+    path: str | Path, control: dict[str, Tensor], base: str | Path, state: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The ControlNet `control` from `path`, or, where it holds differences, their sum with the UNet in `state`.
+
+    A weight that is missing among differences is equal to the UNet's. Raises CheckpointError if the ControlNet belongs
+    to another kind of model than `base`, from which `state` comes.
+    """
+    check_matches_unet(path, control, base, state)
+    encoder = (UNET + "input_blocks.", UNET + "middle_block.", UNET + "time_embed.")
+    copies = {CONTROL + k.removeprefix(UNET): v for k, v in state.items() if k.startswith(encoder)}
+    if DIFFERENCE in control:
+        control = copies | add_unet_weights({k: v for k, v in control.items() if k != DIFFERENCE}, state)
+    return control
 
 
 def add_unet_weights(control: dict[str, Tensor], state: dict[str, Tensor], sign: int = 1) -> dict[str, Tensor]:
@@ -206,133 +251,131 @@ def add_unet_weights(control: dict[str, Tensor], state: dict[str, Tensor], sign:
     }
 
 
-def hint_widths_of(control: dict[str, Tensor]) -> tuple[int, ...]:
-    """The widths of the hint encoder in a ControlNet's tensors (keys without prefix)."""
-    try:
-        return tuple(control[f"input_hint_block.{i}.weight"].shape[0] for i in (0, 4, 8, 12))
-    except KeyError as e:
-        raise CheckpointError(f"a ControlNet without its hint encoder's {e.args[0]}") from e
-
-
 def _hint_channels(source: ModelSource, control: dict[str, Tensor]) -> int:
     """The channels of the hint that a ControlNet takes; CheckpointError if the source asks for another number."""
-    first = control.get("input_hint_block.0.weight")
-    if first is None:
-        raise CheckpointError(f"{source.path}: its ControlNet lacks input_hint_block.0.weight")
-    if source.hint_channels not in (None, first.shape[1]):
-        raise CheckpointError(
-            f"{source.path}: its ControlNet takes hints of {first.shape[1]} channels, not {source.hint_channels}"
-        )
-    return first.shape[1]
+    path = _origin(source, CONTROL)
+    channels = hint_channels_of(control, path)
+    if source.hint_channels not in (None, channels):
+        raise CheckpointError(f"{path}: its ControlNet takes hints of {channels} channels, not {source.hint_channels}")
+    return channels
 
 
 # ------------------------------------------------------------------------------------------------- which model is this
-def _read_config(source: ModelSource, state: dict[str, Tensor]) -> ModelConfig:
+def _read_config(source: ModelSource, state: dict[str, Tensor], saved: ModelConfig | None) -> ModelConfig:
+    """The configuration of the model with the tensors `state`. `saved`: what the checkpoint of a run says."""
     path = _base_path(source)
-    return apply_overrides(path, detect_model(path, state), source)
-
-
-def detect_model(path: str | Path, state: dict[str, Tensor], prefix: str = UNET) -> ModelConfig:
-    """The configuration of the model in a file: from the file's metadata, otherwise from the shapes in `state`.
-
-    The metadata has the key `config` if this project wrote the file. `prefix` CONTROL looks at the shapes of a
-    ControlNet instead of the UNet's. Raises CheckpointError that says what the file holds instead of a known model.
-    """
-    if text := load_metadata(path).get("config"):
-        try:
-            return ModelConfig.from_json(text)
-        except (TypeError, ValueError, KeyError, AttributeError):
-            pass  # another program's `config`
-    first = state.get(prefix + "input_blocks.0.0.weight")
-    if first is None:
-        raise CheckpointError(f"{path}: {describe(state)}; a Stable Diffusion 1.x or 2.x model is needed here")
-    attention = state.get(prefix + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
-    if any(".label_emb." in k or ".add_embedding." in k for k in state) or (attention is None and len(first) == 320):
-        raise CheckpointError(f"{path}: a UNet of the SDXL kind; SD 1.x and SD 2.x are supported")
-    width = attention.shape[1] if attention is not None else "unknown"
-    if first.shape[1] != 4:
-        raise CheckpointError(
-            f"{path}: a UNet with {first.shape[1]} input channels (inpainting has 9, instruct-pix2pix 8, "
-            "depth-to-image 5); models with 4 are supported"
+    if saved and source.prediction == "auto" and source.base in ("", load_run(source.path)["base"]):
+        source = dataclasses.replace(source, prediction=saved.prediction)
+    config = apply_overrides(path, state, source)
+    control = strip_prefix(state, CONTROL)
+    if control:
+        config = dataclasses.replace(
+            config,
+            hint_widths=hint_widths_of(control, _origin(source, CONTROL)),
+            global_pool=saved.global_pool
+            if saved
+            else not is_run(source.path) and pools_globally(_origin(source, CONTROL)),
         )
-    models = {768: SD15, 1024: SD21}
-    if width not in models or first.shape[0] != 320:
-        raise CheckpointError(
-            f"{path}: a UNet of {first.shape[0]} channels with prompts of width {width}; supported are SD 1.x (320 and "
-            "768), SD 2.x (320 and 1024), and safetensors files of the models that toy.pretrain makes"
-        )
-    return models[width]
+    for kind, prefix in COMPONENTS.items():
+        if (prefix != CONTROL or control) and _origin(source, prefix) != Path(source.path):
+            check_network(_origin(source, prefix), kind, config)
+    return config if control else dataclasses.replace(config, global_pool=False)
 
 
-def apply_overrides(path: Path, config: ModelConfig, source: ModelSource) -> ModelConfig:
-    """`config` with what weights cannot tell: as `source` says, or as the scheduler of the diffusers folder `path`."""
-    prediction = source.prediction
-    if prediction == "auto":
-        known = load_prediction(path)
-        if known is None and config == SD21:
+def apply_overrides(path: Path, state: dict[str, Tensor], source: ModelSource) -> ModelConfig:
+    """The model's configuration, with what weights cannot tell as `source` says, or as the diffusers folder `path`."""
+    config, scheduler = detect_model(path, state), scheduler_settings(path)
+    if scale := network_settings(path / "vae", "VAE").get("scaling_factor"):
+        scheduler["scale_factor"] = scale
+    said = source.prediction if source.prediction != "auto" else scheduler.get("prediction", "")
+    by_weights = not metadata_config(path, load_metadata(path).get("config", ""))
+    if by_weights and config.name in (SD21.name, SD21_V.name):
+        measured = measured_prediction(state)
+        if not said and not measured:
             print(
                 f"{path}: an SD 2.x model, taken for the one at 512 px, which predicts eps; for the one at 768 px "
                 "(v-prediction) say --prediction v"
             )
-        prediction = known or config.prediction
-    if config == SD21 and prediction == "v":
-        config = SD21_V
+        elif not said:
+            print(f"{path}: an SD 2.x model that predicts {measured}, to judge by its weights; else say --prediction")
+        elif measured and measured != said:
+            print(f"{path}: to judge by its weights, this model predicts {measured}, and not {said} as was said")
+    if said and config in (SD21, SD21_V) and (by_weights or said == "v"):
+        config = SD21_V if said == "v" else SD21
+    config = dataclasses.replace(config, **scheduler | ({"prediction": said} if said else {}))
     clip_skip = source.clip_skip or 1
     layers = config.text.layers - (clip_skip - 1)
     if clip_skip < 1 or layers <= config.text.penultimate:
         raise CheckpointError(f"--clip-skip is {clip_skip}; this text encoder has {config.text.layers} layers")
     zero_terminal_snr = source.zero_terminal_snr or config.zero_terminal_snr
-    if source.zero_terminal_snr and prediction != "v":
-        raise CheckpointError(
-            f"{source.path}: predicts eps, which says nothing at zero SNR; --zero-terminal-snr is for v-prediction"
+    if zero_terminal_snr and config.prediction != "v":
+        asked = (
+            "--zero-terminal-snr" if source.zero_terminal_snr else "the schedule with zero terminal SNR of this model"
         )
+        raise CheckpointError(f"{path}: predicts eps, which says nothing at zero SNR; {asked} is for v-prediction")
     text = dataclasses.replace(config.text, layers=layers)
-    return dataclasses.replace(config, prediction=prediction, text=text, zero_terminal_snr=zero_terminal_snr)
-
-
-def describe(state: dict[str, Tensor]) -> str:
-    """In words, what kind of file has the keys of `state`; for messages about a file that lacks what is needed."""
-    has = lambda *words: any(word in k for k in state for word in words)
-    if any(k.startswith(UNET + "input_blocks.") for k in state):
-        with_control = any(k.startswith(CONTROL) for k in state)
-        return "a Stable Diffusion model" + ("" if with_control else " without a ControlNet")
-    kinds = {
-        "a LoRA, which changes a model but is none": ("lora_", ".lora.", "hada_", "lokr_"),
-        "an SDXL model": ("conditioner.embedders.", "add_embedding."),
-        "a diffusion transformer (as SD 3 and Flux are)": (
-            "joint_blocks.", "double_blocks.", "transformer_blocks.0.attn.add_q_proj",
-        ),
-        "a ControlNet alone, without a base model": (CONTROL,),
-        "a VAE alone": (VAE,),
-        "a text encoder alone": (TEXT,),
-    }  # fmt: skip
-    for kind, words in kinds.items():
-        if has(*words):
-            return kind
-    example = min(state, default="nothing")
-    return f"no Stable Diffusion UNet in it (keys like {UNET}input_blocks.0.0.weight), but {example} and others"
+    return dataclasses.replace(config, text=text, zero_terminal_snr=zero_terminal_snr)
 
 
 # ---------------------------------------------------------------------------------------------------- filling a model
-def load_component(path: str | Path, module: nn.Module, state: dict[str, Tensor], prefix: str) -> None:
+def load_component(path: str | Path, module: nn.Module, state: dict[str, Tensor], prefix: str, seed: int = 0) -> None:
     """Load a component's tensors, as float32, into `module` on the meta device; `path` is named in messages.
 
-    Raises CheckpointError, in one line, for missing weights and for weights of another shape.
+    An `Addition` whose weights the file lacks is initialised from `seed`. Raises CheckpointError, in one line, for
+    other missing weights and for weights of another shape.
     """
     own = module.state_dict()
+    if not state:
+        name = next(name for name, known in COMPONENTS.items() if known == prefix)
+        way_out = "; --vae FILE gives one" if prefix == VAE else "; a whole model is needed here"
+        raise CheckpointError(f"{path}: has no {name}{way_out}")
     if isinstance(module, CLIPTextModel):
-        state = clip_spelling(state)
-    missing = sorted(own.keys() - state.keys())
-    if missing:
-        raise CheckpointError(f"{path}: {len(missing)} of {len(own)} weights under {prefix} missing, as {missing[0]}")
+        state = _clip_spelling(path, state)
+    state = _new_additions(module, state, seed) | state
+    refuse_unknown(path, prefix, state.keys() - own.keys(), state)
+    _check_none_missing(path, state, own, prefix)
     _check_shapes(path, own, state, prefix)
     module.load_state_dict({k: state[k].float().clone() for k in own}, assign=True)
 
 
+def _new_additions(module: nn.Module, state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """The initial weights of the Additions in `module` that have none in `state`."""
+    weights = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, child in module.named_modules():
+            keys = [f"{name}.{key}" for key in child.state_dict()] if isinstance(child, Addition) else []
+            if any(key not in state for key in keys):
+                child.to_empty(device="cpu").reset_parameters()
+                weights |= dict(zip(keys, child.state_dict().values(), strict=True))
+    return weights
+
+
+def _clip_spelling(path: str | Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    try:
+        return clip_spelling(state)
+    except (KeyError, ValueError, RuntimeError) as e:  # a key or a shape that OpenCLIP's text encoders do not have
+        raise CheckpointError(f"{path}: a text encoder of an unknown kind ({' '.join(str(e).split())[:200]})") from e
+
+
 def load_trained(path: str | Path, model: nn.Module, trained: dict[str, Tensor]) -> None:
-    """Copy into the model every tensor of `trained` whose name the model has; tensors of other names are left out."""
-    _check_shapes(path, model.state_dict(), trained)
+    """Copy into the model every tensor of `trained` whose name the model has. Tensors of other names, which a modified
+    model trained, are left out with a line that says so."""
+    own = model.state_dict()
+    if strange := sorted(trained.keys() - own.keys()):
+        print(
+            f"{path}: {len(strange)} trained tensors have no place in this model, as {strange[0]}; they are left out "
+            "(was the run trained with modules that this code does not have?)"
+        )
+    _check_shapes(path, own, trained)
     model.load_state_dict(trained, strict=False)
+
+
+def _check_none_missing(path: str | Path, state: dict[str, Tensor], wanted: dict[str, Tensor], prefix: str) -> None:
+    if missing := sorted(wanted.keys() - state.keys()):
+        raise CheckpointError(
+            f"{path}: {len(missing)} of {len(wanted)} weights under {prefix} missing, as {missing[0]}"
+        )
 
 
 def _check_shapes(path: str | Path, own: dict[str, Tensor], state: dict[str, Tensor], prefix: str = "") -> None:
@@ -341,21 +384,40 @@ def _check_shapes(path: str | Path, own: dict[str, Tensor], state: dict[str, Ten
             raise CheckpointError(f"{path}: {prefix}{k} is {list(state[k].shape)}, should be {list(own[k].shape)}")
 
 
-def missing_weights(state: dict[str, Tensor], config: ModelConfig, whole: bool = False) -> list[str]:
+@functools.lru_cache(maxsize=4)
+def expected_weights(config: ModelConfig, hint_channels: int = 3) -> dict[str, Tensor]:
+    """The tensors, on the meta device, of a whole model with a ControlNet."""
+    with torch.device("meta"):
+        return ControlLDM(config, hint_channels).state_dict()
+
+
+def check_networks(state: dict[str, Tensor], config: ModelConfig, origin: Callable[[str], str | Path]) -> None:
+    """Raise CheckpointError if a network in `state` has tensors that this project does not know and that may change its
+    results, or if the ControlNet in it is not whole. `origin`: prefix of a network -> its file or folder."""
+    for prefix in COMPONENTS.values():
+        own, known = strip_prefix(state, prefix), strip_prefix(expected_weights(config), prefix)
+        own, known = (_clip_spelling(origin(prefix), d) if prefix == TEXT else d for d in (own, known))
+        refuse_unknown(origin(prefix), prefix, own.keys() - known.keys(), own)
+        if own and prefix == CONTROL:
+            _check_none_missing(origin(prefix), own, known, prefix)
+
+
+def missing_weights(path: str | Path, state: dict[str, Tensor], config: ModelConfig, whole: bool = False) -> list[str]:
     """A line for each component of which weights are missing or have another shape than `config` says.
 
-    A component that is missing altogether counts only with `whole`, a missing ControlNet never.
+    `path`: where `state` comes from. A component that is missing altogether counts only with `whole`, a missing
+    ControlNet never.
     """
     control = strip_prefix(state, CONTROL)
-    hint_channels = control["input_hint_block.0.weight"].shape[1] if "input_hint_block.0.weight" in control else 3
-    with torch.device("meta"):
-        expected, lines = ControlLDM(config, hint_channels).state_dict(), []
+    hint_channels = hint_channels_of(control, path) if "input_hint_block.0.weight" in control else 3
+    lines = []
     for name, prefix in COMPONENTS.items():
-        own, wanted = strip_prefix(state, prefix), strip_prefix(expected, prefix)
-        own, wanted = (clip_spelling(own), clip_spelling(wanted)) if prefix == TEXT else (own, wanted)
+        own, wanted = strip_prefix(state, prefix), strip_prefix(expected_weights(config, hint_channels), prefix)
+        own, wanted = (_clip_spelling(path, own), clip_spelling(wanted)) if prefix == TEXT else (own, wanted)
         lacking = [k for k, v in wanted.items() if k not in own or own[k].shape != v.shape]
         if lacking and (own or (whole and prefix != CONTROL)):
+            way_out = "; --vae FILE gives one" if whole and prefix == VAE and not own else ""
             lines.append(
-                f"{len(lacking)} of {len(wanted)} tensors of the {name} (or in another shape), as {lacking[0]}"
+                f"{len(lacking)} of {len(wanted)} tensors of the {name} (or in another shape), as {lacking[0]}{way_out}"
             )
     return lines

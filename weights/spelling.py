@@ -11,6 +11,7 @@ component in diffusers' names); `to_diffusers` translates one component at a tim
 the text encoder.
 """
 
+import re
 from collections.abc import Callable
 
 from torch import Tensor
@@ -20,6 +21,8 @@ from unet import UNetConfig
 
 # The prefixes of the four components in a checkpoint.
 UNET, CONTROL, VAE, TEXT = "model.diffusion_model.", "control_model.", "first_stage_model.", "cond_stage_model."
+COMPONENTS = {"UNet": UNET, "ControlNet": CONTROL, "VAE": VAE, "text encoder": TEXT}
+SGM_TEXT = "conditioner.embedders.0."  # the text encoder in files of Stability's later code, which is SDXL's too
 DIFFERENCE = "difference"  # the tensor that marks a ControlNet's file as holding differences to the UNet
 
 
@@ -114,8 +117,10 @@ def rename(key: str, table: dict[str, str]) -> str | None:
 
 # -------------------------------------------------------------------------------------------------------- to original
 def _count(state: dict[str, Tensor], prefix: str) -> int:
-    """The number of modules named `prefix` + index: 1 + the largest index in the keys."""
-    return 1 + max((int(k.removeprefix(prefix).split(".")[0]) for k in state if k.startswith(prefix)), default=-1)
+    """The number of modules named `prefix` + index: 1 + the largest index in the keys. Indices have two digits at most
+    (Stable Diffusion's UNet has 4 levels): tables are made for that many modules, and a key may claim any number."""
+    index = re.compile(re.escape(prefix) + r"([0-9]{1,2})\.")
+    return 1 + max((int(match[1]) for match in map(index.match, state) if match), default=-1)
 
 
 def _unet_shape(state: dict[str, Tensor]) -> tuple[int, int, set[int]]:
@@ -174,6 +179,9 @@ def to_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
     diffusers' names are translated, a component alone in its file gets its prefix; original and unknown names stay.
     """
+    if not any(k.startswith("conditioner.embedders.1.") for k in state):  # SDXL has two text encoders
+        known = (SGM_TEXT + "model.", SGM_TEXT + "transformer.")
+        state = {k.replace(SGM_TEXT, TEXT) if k.startswith(known) else k: v for k, v in state.items()}
     for key, translate in SPELLINGS:
         if key in state:
             return translate(state)

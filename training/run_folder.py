@@ -1,0 +1,139 @@
+"""The folder of a run: who owns it, and what happens when it cannot be written.
+
+RUN/config.json      the settings of the run
+RUN/metrics.jsonl    what was measured, one line a step
+RUN/curves.png       loss and control gain
+RUN/image_log/       a grid of images for each measurement
+RUN/checkpoints/     see training/checkpoints.py
+RUN/set_aside/       checkpoints later than the one that a resume chose
+RUN/error.txt        the traceback of an exception that ended the run
+RUN/.lock            host and process of the training that owns the folder; its lock dies with the process
+"""
+
+import contextlib
+import dataclasses
+import errno
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
+
+from config import Config
+from weights.reading import CheckpointError
+from weights.writing import save_json
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+try:
+    import msvcrt
+except ImportError:  # everything but Windows
+    msvcrt = None
+
+LEFTOVERS = (
+    "checkpoints", "set_aside", "image_log", "tensorboard", "metrics.jsonl", "curves.png", "judge.png", "error.txt",
+)  # fmt: skip
+
+
+class RunFolder:
+    """The folder `path` of a run whose settings are `config`. `device`: the device as the user named it."""
+
+    def __init__(self, path: Path, config: Config, device: str):
+        self.path, self.config, self.device = path, config, device
+        self._failing: set[str] = set()  # files that could not be written the last time
+
+    def prepare(self, anew: bool) -> None:
+        """Make the folder and write config.json. `anew`: remove everything that a run before left in the folder."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        # what a training that was killed left half written or half removed
+        patterns = (".*.partial*", "image_log/.*.partial*", "checkpoints/*.partial", "checkpoints/*.removed")
+        halves = [path for pattern in patterns for path in self.path.glob(pattern)]
+        for leftover in (*halves, *(self.path / name for name in LEFTOVERS if anew)):
+            _remove(leftover)
+        self.save_config()
+
+    def save_config(self) -> None:
+        save_json(self.path / "config.json", dataclasses.asdict(self.config) | {"device": self.device})
+
+    @contextlib.contextmanager
+    def guard(self, name: str) -> Iterator[None]:
+        """While entered, an OSError (a full or read-only disk, a folder that is gone) costs the file `name` and not the
+        run. The first failure of a file is told, and its next success."""
+        try:
+            yield
+        except OSError as e:
+            if name not in self._failing:
+                tqdm.write(f"{self.path / name} could not be written ({e.strerror or e}); the training continues")
+            self._failing.add(name)
+        else:
+            if name in self._failing:
+                tqdm.write(f"{self.path / name} can be written again")
+                self._failing.remove(name)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """While entered, this process owns the folder. CheckpointError names the owner if another process does."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        path = self.path / ".lock"
+        file = _take_lock(path)
+        if file is None:
+            owner = path.read_text(errors="replace").strip() or "another process"
+            raise CheckpointError(
+                f"{self.path}: is being trained by {owner}; wait for its end, or choose another --out"
+            )
+        with file:
+            _held.append(file)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            try:
+                yield
+            finally:
+                _held.remove(file)
+                if fcntl:  # Windows cannot remove an open file; there the lock file stays, unlocked
+                    path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # nothing came of the run: an empty folder need not stay
+                    self.path.rmdir()
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder if it is there. Of a link to a folder, which may be on another disk, the content goes."""
+    if path.is_symlink() and path.is_dir():
+        for child in path.iterdir():
+            _remove(child)
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# A forked child (a worker that loads data) shares the lock of its parent, and would keep it after the parent's death.
+_held: list[TextIO] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: [file.close() for file in _held])
+
+
+def _take_lock(path: Path):  # noqa: ANN202 (an open text file, or None)
+    """The opened lock file, locked; None if another process holds the lock."""
+    while True:
+        file = open(path, "a+")  # noqa: SIM115 (the caller closes it, which releases the lock)
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            elif msvcrt:
+                file.seek(1 << 30)  # a byte past the text, which others may then read
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as e:
+            if e.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+                file.close()
+                return None
+            return file  # a file system without locks
+        # the owner before may have removed the file between our open and our lock
+        if not fcntl or (path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino):
+            return file
+        file.close()

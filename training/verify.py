@@ -1,0 +1,347 @@
+"""Every file of a data set is decoded once before training, so that no bad file ends a run days later.
+
+`find_bad_rows` decodes hints and targets in several processes and finds everything that reading them in the loop could
+find. What it found is remembered under the cache folder by the content of the files, and which content a file has by
+the file's size, times and place on the disk: a second start opens no file, and a changed file is looked at again.
+On the way the pass learns what one should know of a data set (`remarks`): transparency, ranges of numbers, aspect
+ratios, long prompts.
+
+    data/.cache/verified.jsonl      a line for each entry: checksum, key, value
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import PIL
+from tqdm import tqdm
+
+from clip_text import MAX_TOKENS, Tokenizer
+from training.images import (
+    DataError,
+    Reading,
+    Size,
+    decode,
+    fraction_cut,
+    one_line,
+    read_bytes,
+    same_aspect,
+    visible_ground,
+)
+from training.layouts import Row, check_aspects
+from training.loading import load, start_method
+
+MANY = 128  # files; fewer are decoded sooner than processes have started
+FRESH = 3 * 10**9  # ns; a file may change again within the resolution of its times (2 s on FAT) without a trace
+VERSION = f"1 {PIL.__version__}"  # of what decoding finds
+
+
+class FileFacts(NamedTuple):
+    """What is known of a file: a digest of its content, what is wrong with it (or ""), its size, the largest of its
+    numbers and the one that counts as full, and how bright what is not transparent is (-1: all is opaque)."""
+
+    content: str
+    problem: str = ""
+    width: int = 0
+    height: int = 0
+    largest: float = 0.0
+    full: float = 255.0
+    brightness: float = -1.0
+
+
+class Memory:
+    """A dictionary on disk that only grows. Lines that an interruption or a damaged disk made unreadable are no
+    entries. A disk that takes no more costs the memory, not the run."""
+
+    def __init__(self, path: Path | None):
+        no_file = path and path.exists() and not path.is_file()  # a pipe would be waited for
+        self.path, self.entries, self.new = None if no_file else path, {}, {}
+        with contextlib.suppress(OSError):
+            for line in self.path.read_bytes().split(b"\n") if self.path else ():
+                if line[:9] == b"%08x " % zlib.crc32(line[9:]):
+                    key, value = json.loads(line[9:])
+                    self.entries[key] = value
+
+    def get(self, key: str) -> Any:
+        return self.new.get(key, self.entries.get(key))
+
+    def add(self, key: str, value: Any) -> None:
+        """Remember `value`, on disk with the next 1000 of its kind or at `flush`."""
+        if self.get(key) != value:
+            self.new[key] = value
+        if len(self.new) >= 1000:
+            self.flush()
+
+    def flush(self) -> None:
+        """Append the new entries to the file."""
+        lines = [json.dumps(entry).encode() for entry in self.new.items()]
+        self.entries |= self.new
+        self.new = {}
+        if self.path and lines:
+            text = b"".join(b"\n%08x %s" % (zlib.crc32(line), line) for line in lines)
+            with contextlib.suppress(OSError):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.path, "ab", buffering=0) as file:
+                    file.write(text + b"\n")
+
+
+def hexdigest(*parts: object, size: int = 12) -> str:
+    """A digest of `size` bytes of bytes or of anything with a repr, in hex."""
+    h = hashlib.blake2b(digest_size=size)
+    for part in parts:
+        h.update(part if isinstance(part, bytes) else repr(part).encode())
+    return h.hexdigest()
+
+
+def identity(path: Path) -> str:
+    """A digest of what changes when a file changes: place, size, times. "" for a file that is not there, or so new that
+    a change could leave no trace."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return ""
+    if time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) < FRESH:
+        return ""
+    return hexdigest(
+        os.path.abspath(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    )
+
+
+def fact_name(content: str, path: Path, reading: Reading) -> str:
+    """The name under which facts are remembered: the content and all else that they depend on."""
+    kind = path.suffix.lower() == ".npy"
+    how = (VERSION, kind, reading.channels, reading.scale, reading.class_numbers, reading.max_pixels)
+    return f"facts {content} {hexdigest(*how, size=4)}"
+
+
+# ------------------------------------------------------------------------------------------------------------- the pass
+class _Jobs:
+    """Item k examines the k-th (path, reading): a tuple (identity, facts).
+
+    The facts are those of `examine`, or the content's `fact_name` if that is among the `known`.
+    """
+
+    def __init__(self, jobs: list[tuple[Path, Reading]], known: set[str]):
+        self.jobs, self.known = jobs, known
+
+    def __getitem__(self, k: int) -> tuple[str, FileFacts | str]:
+        path, reading = self.jobs[k]
+        before = identity(path)
+        try:
+            content = read_bytes(path, reading.max_pixels)
+        except DataError as e:
+            return "", FileFacts("", _without(path, e))
+        digest = hexdigest(content)
+        name = fact_name(digest, path, reading)
+        unchanged = before if before == identity(path) else ""
+        return unchanged, name if name in self.known else examine(path, reading, content, digest)
+
+
+def examine(path: Path, reading: Reading, content: bytes, digest: str) -> FileFacts:
+    """Decode the `content` of a file as training would."""
+    try:
+        decoded = decode(path, reading, content)
+    except DataError as e:
+        passing = isinstance(e.__cause__, MemoryError)  # nothing to remember of the file
+        return FileFacts("" if passing else digest, _without(path, e))
+    height, width = decoded.array.shape[:2]
+    return FileFacts(digest, "", width, height, decoded.largest, decoded.full, decoded.brightness)
+
+
+def _without(path: Path, error: DataError) -> str:
+    """The message without the path: another file of this content has the problem too."""
+    return str(error).removeprefix(f"{one_line(path)}: ")
+
+
+def processes() -> int:
+    """How many processes decode: the CPUs that this process may use, at most 8. Only forked ones, which need nothing of
+    the script that trains."""
+    if start_method() != "fork":
+        return 0
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def find_bad_rows(dataset: Any, cache_dir: str | Path | None = None, workers: int | None = None) -> dict[int, str]:
+    """Decode all files of a `data.FolderDataset`. Returns the number and the problem, one line, of every bad row.
+
+    Leaves what was found in `dataset.facts`: for each row None or (facts of the hint, facts of the target).
+    `cache_dir`: where it is remembered (None: nowhere). `workers`: processes that decode (None: `processes`).
+    """
+    with _alone(cache_dir):
+        return _find_bad_rows(dataset, cache_dir, processes() if workers is None else workers)
+
+
+def _find_bad_rows(dataset: Any, cache_dir: str | Path | None, workers: int) -> dict[int, str]:
+    memory = Memory(Path(cache_dir) / "verified.jsonl" if cache_dir else None)
+    hint, target = dataset.readings()
+    found: dict[tuple[Path, Reading], FileFacts] = {}
+    jobs = list({(path, how): None for row in dataset.rows if row.readable
+                 for path, how in ((row.hint, hint), (row.target, target))})  # fmt: skip
+    unknown = []
+    for path, how in jobs:
+        content = memory.get(f"file {identity(path)}")
+        facts = memory.get(fact_name(content, path, how)) if content else None
+        if facts:
+            found[path, how] = FileFacts(*facts)
+        else:
+            unknown.append((path, how))
+    found |= _examine_all(unknown, memory, workers, str(dataset.root))
+    dataset.facts = [
+        (found[row.hint, hint], found[row.target, target]) if row.readable else None for row in dataset.rows
+    ]
+    problems = (row_problem(row, facts) for row, facts in zip(dataset.rows, dataset.facts, strict=True))
+    return {i: problem for i, problem in enumerate(problems) if problem}
+
+
+@contextlib.contextmanager
+def _alone(cache_dir: str | Path | None) -> Iterator[None]:
+    """Let one process after the other verify: of several ranks the first decodes, and the others find its memory."""
+    from training.cache import locked  # here, because training.cache imports data.py, which imports this room
+
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a folder that cannot be written is no reason to stop
+            if cache_dir:
+                Path(cache_dir).mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(Path(cache_dir) / "verified.lock"))
+        yield
+
+
+def _examine_all(
+    jobs: list[tuple[Path, Reading]], memory: Memory, workers: int, root: str
+) -> Iterator[tuple[tuple[Path, Reading], FileFacts]]:
+    """Examine files, in processes if they are more than a few. Yields each job with its facts."""
+    known = {key for key in memory.entries if key.startswith("facts ")}
+    chunks = [range(i, min(i + 16, len(jobs))) for i in range(0, len(jobs), 16)]
+    workers = workers if len(jobs) >= MANY else 0
+    bar = tqdm(total=len(jobs), desc=f"checking {root}", unit="file", disable=None if jobs else True)
+    try:
+        results = load(_Jobs(jobs, known), chunks, workers, collate=list)
+        for chunk, answers in zip(chunks, results, strict=True):
+            for k, (file, facts) in zip(chunk, answers, strict=True):
+                path, how = jobs[k]
+                facts = FileFacts(*memory.get(facts)) if isinstance(facts, str) else facts
+                if facts.content:
+                    memory.add(fact_name(facts.content, path, how), list(facts))
+                if facts.content and file:
+                    memory.add(f"file {file}", facts.content)
+                yield (path, how), facts
+            bar.update(len(chunk))
+    finally:
+        memory.flush()
+        bar.close()
+
+
+def row_problem(row: Row, facts: tuple[FileFacts, FileFacts] | None) -> str:
+    """What is wrong with a row, in one line that names its place; "" if nothing is."""
+    try:
+        if not row.readable:
+            raise DataError(row.problem)
+        for path, fact in zip((row.hint, row.target), facts, strict=True):
+            if fact.problem:
+                raise DataError(f"{one_line(path)}: {fact.problem}")
+        check_aspects(row, *((fact.width, fact.height) for fact in facts))
+    except DataError as e:
+        return f"{row.where}: {e}"
+    return ""
+
+
+def verified(dataset: Any, cache_dir: str | Path, skip_bad_rows: bool) -> Any:
+    """`dataset` (a `data.FolderDataset`) with every file of its rows known to be readable.
+
+    Bad rows are printed. Then DataError, or with `skip_bad_rows` the data set without them. If hints are transparent
+    and their ground is to be chosen, it is chosen here, for all hints alike.
+    """
+    bad = find_bad_rows(dataset, cache_dir)
+    for problem in list(bad.values())[:20]:
+        print(problem)
+    if len(bad) > 20:
+        print(f"... and {len(bad) - 20} more bad rows: python data.py check {dataset.root}")
+    if bad and not skip_bad_rows:
+        more = f" (and {len(bad) - 1} more bad rows)" if len(bad) > 1 else ""
+        raise DataError(f"{next(iter(bad.values()))}{more}; --skip-bad-rows trains without")
+    if bad:
+        print(f"--skip-bad-rows: {len(bad)} of {len(dataset)} rows are left out")
+        dataset = dataset.without(bad)
+        if not len(dataset):
+            raise DataError(f"{dataset.root}: all {len(bad)} rows are bad, the first: {next(iter(bad.values()))}")
+    transparent = [hint.brightness for hint, _ in dataset.facts if hint.brightness >= 0]
+    if transparent and dataset.hint_ground == "auto":
+        dataset.hint_ground = visible_ground(sum(transparent) / len(transparent))
+    return dataset
+
+
+# ------------------------------------------------------------------------------------------------ what one should know
+def remarks(dataset: Any, size: Size) -> list[str]:
+    """Lines about a data set after `find_bad_rows`, for images of `size`: nothing is wrong, but may not be meant."""
+    if not dataset.facts:  # a folder that was not verified
+        return []
+    rows = [
+        (row, *facts) for row, facts in zip(dataset.rows, dataset.facts, strict=True) if not row_problem(row, facts)
+    ]
+    lines = []
+    hints = [(row, hint) for row, hint, _ in rows]
+    transparent = [hint.brightness for _, hint in hints if hint.brightness >= 0]
+    if transparent:
+        chosen = dataset.hint_ground
+        chosen = visible_ground(sum(transparent) / len(transparent)) if chosen == "auto" else chosen
+        lines.append(
+            f"{len(transparent)} of {len(rows)} hints are transparent in places: laid on {chosen} (--hint-ground "
+            "black or white sets it; --hint-channels 4 trains with the transparency)"
+        )
+    if count := sum(target.brightness >= 0 for *_, target in rows):
+        lines.append(f"{count} of {len(rows)} targets are transparent in places: laid on white")
+    if not dataset.hint_scale:
+        lines += _about_ranges(hints)
+    return lines + _about_aspects(rows, size) + _about_prompts([row for row, *_ in rows])
+
+
+def _about_ranges(hints: list[tuple[Row, FileFacts]]) -> list[str]:
+    """Hints whose numbers use less than half of their format's range. Among files of 8 bits dark ones are normal, so
+    they count only where all are."""
+    low = [(row, hint) for row, hint in hints if 0 < hint.largest < hint.full / 2]
+    if all(hint.full == 255 for _, hint in low) and len(low) < len(hints):
+        return []
+    if not low:
+        return []
+    row, most = max(low, key=lambda one: one[1].largest / one[1].full)
+    where = f"in {one_line(row.hint)}: {most.largest:g} of {most.full:g}"
+    return [
+        f"{len(low)} of {len(hints)} hints use less than half of the range of their numbers (at most, {where}); for "
+        f"depth in mm or class numbers, --hint-scale {most.largest:g} makes this value white"
+    ]
+
+
+def _about_aspects(rows: list[tuple[Row, FileFacts, FileFacts]], size: Size) -> list[str]:
+    """Rows that lose a part of their images because they have another shape than `size`."""
+    cut = [
+        (fraction_cut((target.width, target.height), size), row)
+        for row, _, target in rows
+        if not same_aspect((target.width, target.height), size)
+    ]
+    if not cut:
+        return []
+    most, row = max(cut, key=lambda one: one[0])
+    return [
+        f"{len(cut)} of {len(rows)} rows have another aspect ratio than {size[0]}x{size[1]}: {most:.0%} of the image "
+        f"is cut off at most ({row.where}), {sum(part for part, _ in cut) / len(cut):.0%} on average"
+    ]
+
+
+def _about_prompts(rows: list[Row]) -> list[str]:
+    """Prompts of more tokens than the text encoder reads."""
+    prompts = list(dict.fromkeys(row.prompt for row in rows))
+    counts = dict(zip(prompts, Tokenizer().count(prompts), strict=True))
+    long = [row for row in rows if counts[row.prompt] > MAX_TOKENS - 2]
+    if not long:
+        return []
+    start = one_line(long[0].prompt)[:60]
+    return [
+        f"{len(long)} of {len(rows)} prompts have more than {MAX_TOKENS - 2} tokens, and the rest is cut off; the "
+        f"first: {long[0].where}, {counts[long[0].prompt]} tokens: {start}..."
+    ]
