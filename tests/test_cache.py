@@ -8,7 +8,7 @@ import torch
 
 import data
 from data import DataError
-from training import cache
+from training import cache, locks
 from training.cache import RowCache
 from weights import load_model
 
@@ -90,8 +90,8 @@ def test_frozen_work_is_done_again_when_its_encoder_changed_and_only_then(base, 
 
 def test_writers_wait_for_each_other_on_every_system(tmp_path, monkeypatch):
     """With `fcntl`, with Windows' `msvcrt`, which gives up after ten seconds, and without any file locks."""
-    with cache.locked(tmp_path / "a.lock"), pytest.raises(BlockingIOError), open(tmp_path / "a.lock", "a") as file:
-        cache.fcntl.flock(file, cache.fcntl.LOCK_EX | cache.fcntl.LOCK_NB)
+    with locks.locked(tmp_path / "a.lock"), pytest.raises(BlockingIOError), open(tmp_path / "a.lock", "a") as file:
+        locks.fcntl.flock(file, locks.fcntl.LOCK_EX | locks.fcntl.LOCK_NB)
     calls = []
 
     class Windows:
@@ -102,10 +102,10 @@ def test_writers_wait_for_each_other_on_every_system(tmp_path, monkeypatch):
             if len(calls) < 3:
                 raise OSError(errno.EDEADLK, "Resource deadlock avoided")
 
-    monkeypatch.setattr(cache, "fcntl", None)
+    monkeypatch.setattr(locks, "fcntl", None)
     for system, expected in ((Windows(), [1, 1, 1, 0]), (None, [])):
         calls.clear()
-        monkeypatch.setattr(cache, "msvcrt", system)
+        monkeypatch.setattr(locks, "msvcrt", system)
         row_cache = RowCache(tmp_path, f"of-{system}"[:5], (1,))
         row_cache.fill([b"k" * 16], lambda positions: torch.tensor([[1.5]]), 1, "things")
         assert row_cache[b"k" * 16].item() == 1.5 and calls == expected

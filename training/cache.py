@@ -12,12 +12,10 @@ cache holds the moments of the VAE's posterior, not a sample: the posterior is s
 The last bits of a latent can depend on how many images are encoded at once: see `encoding_batch`.
 """
 
-import contextlib
-import errno
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,36 +27,8 @@ from tqdm import tqdm
 
 from data import ArrayDataset, DataError, FolderDataset, digest, to_tensor
 from ldm import ControlLDM
+from training.locks import locked
 from training.verify import Memory
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-try:
-    import msvcrt
-except ImportError:  # everything but Windows
-    msvcrt = None
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock `path` among processes, waiting until it is free; a system without file locks has none to hold."""
-    with open(path, "a") as file:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX)  # closing the file releases the lock
-        while msvcrt and not fcntl:
-            try:
-                msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
-                break
-            except OSError as e:
-                if e.errno != errno.EDEADLK:  # the code for "not within ten seconds"
-                    raise
-        try:
-            yield
-        finally:
-            if msvcrt and not fcntl:
-                msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
 
 
 class RowCache:

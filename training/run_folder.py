@@ -12,28 +12,18 @@ RUN/.lock            host and process of the training that owns the folder; its 
 
 import contextlib
 import dataclasses
-import errno
 import os
 import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 from tqdm import tqdm
 
 from config import Config
+from training.locks import take_lock
 from weights.reading import CheckpointError
 from weights.writing import save_json
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-try:
-    import msvcrt
-except ImportError:  # everything but Windows
-    msvcrt = None
 
 LEFTOVERS = (
     "checkpoints", "set_aside", "image_log", "tensorboard", "metrics.jsonl", "curves.png", "judge.png", "error.txt",
@@ -80,22 +70,20 @@ class RunFolder:
         """While entered, this process owns the folder. CheckpointError names the owner if another process does."""
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / ".lock"
-        file = _take_lock(path)
+        file = take_lock(path)
         if file is None:
             owner = path.read_text(errors="replace").strip() or "another process"
             raise CheckpointError(
                 f"{self.path}: is being trained by {owner}; wait for its end, or choose another --out"
             )
         with file:
-            _held.append(file)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
             try:
                 yield
             finally:
-                _held.remove(file)
-                if fcntl:  # Windows cannot remove an open file; there the lock file stays, unlocked
+                with contextlib.suppress(PermissionError):  # Windows cannot remove an open file; it stays, unlocked
                     path.unlink(missing_ok=True)
                 with contextlib.suppress(OSError):  # nothing came of the run: an empty folder need not stay
                     self.path.rmdir()
@@ -110,30 +98,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-# A forked child (a worker that loads data) shares the lock of its parent, and would keep it after the parent's death.
-_held: list[TextIO] = []
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: [file.close() for file in _held])
-
-
-def _take_lock(path: Path):  # noqa: ANN202 (an open text file, or None)
-    """The opened lock file, locked; None if another process holds the lock."""
-    while True:
-        file = open(path, "a+")  # noqa: SIM115 (the caller closes it, which releases the lock)
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            elif msvcrt:
-                file.seek(1 << 30)  # a byte past the text, which others may then read
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        except OSError as e:
-            if e.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
-                file.close()
-                return None
-            return file  # a file system without locks
-        # the owner before may have removed the file between our open and our lock
-        if not fcntl or (path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino):
-            return file
-        file.close()

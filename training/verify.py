@@ -36,6 +36,7 @@ from training.images import (
 )
 from training.layouts import Row, check_aspects
 from training.loading import load, start_method
+from training.locks import locked
 
 MANY = 128  # files; fewer are decoded sooner than processes have started
 FRESH = 3 * 10**9  # ns; a file may change again within the resolution of its times (2 s on FAT) without a trace
@@ -202,8 +203,6 @@ def _find_bad_rows(dataset: Any, cache_dir: str | Path | None, workers: int) -> 
 @contextlib.contextmanager
 def _alone(cache_dir: str | Path | None) -> Iterator[None]:
     """Let one process after the other verify: of several ranks the first decodes, and the others find its memory."""
-    from training.cache import locked  # here, because training.cache imports data.py, which imports this room
-
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # a folder that cannot be written is no reason to stop
             if cache_dir:

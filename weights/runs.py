@@ -89,14 +89,17 @@ def check_checkpoint(folder: Path, verify: bool = True) -> None:
         check_fields(sums_file, wanted, CHECKSUMS, required=CHECKSUMS.keys(), section=f"{name}.")
         try:
             found = checksum(folder / Path(name).name)
-        except OSError as e:
-            raise CheckpointError(f"{folder / name}: cannot be read ({e.strerror})") from e
+        except (OSError, ValueError) as e:  # ValueError: no name that a file can have
+            reason = " ".join(str(e).split())
+            raise CheckpointError(f"{folder}: {ascii(name)[:100]} cannot be read ({reason})") from e
         if found != wanted:
             raise CheckpointError(f"{folder / name}: its content has changed since it was written")
     _verified[folder] = files
 
 
 def _check_header(file: Path) -> None:
+    if not file.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"{file}: not there, or no regular file")
     try:
         with safetensors.safe_open(file, framework="pt"):
             pass  # opening a file compares its header with its length
