@@ -55,8 +55,8 @@ def parse_resolution(text: str) -> Size:
         sides = [int(side) for side in str(text).lower().split("x")]
     except ValueError:
         sides = []
-    if len(sides) not in (1, 2) or min(sides) < 1:
-        raise DataError(f"a resolution is N or WxH (512, 512x768), not {text!r}")
+    if len(sides) not in (1, 2) or min(sides) < 1 or max(sides) > 16384:
+        raise DataError(f"a resolution is N or WxH of 1 to 16384 pixels (512, 512x768), not {str(text)[:100]!r}")
     return sides[0], sides[-1]
 
 

@@ -353,6 +353,7 @@ Output = tuple[dict[str, Any], State, dict[str, str], ModelConfig | None]
 
 
 def run_attach(args: argparse.Namespace, folder: bool) -> Output:
+    """`merge.py attach`. `folder`, here and below: the output is a folder for diffusers."""
     source = ModelSource(args.input, vae=args.vae, ema=args.ema, hint_channels=args.hint_channels, seed=args.seed)
     state, config, new = attach(source)
     metadata = load_metadata(args.input)
@@ -365,6 +366,7 @@ def run_attach(args: argparse.Namespace, folder: bool) -> Output:
 
 
 def run_extract(args: argparse.Namespace, folder: bool) -> Output:
+    """`merge.py extract`."""
     state, path = extract(args.input)
     if DIFFERENCE in state and (folder or args.difference):
         raise CheckpointError(f"{args.input}: holds differences already; merge.py export --control makes it whole")
@@ -389,12 +391,14 @@ def run_extract(args: argparse.Namespace, folder: bool) -> Output:
 
 
 def run_transfer(args: argparse.Namespace, folder: bool) -> Output:
+    """`merge.py transfer`."""
     state = transfer(args.from_base, args.control, args.to_base)
     path = newest_checkpoint(args.control) / "trained.safetensors" if is_run(args.control) else args.control
     return state, state, with_global_pool(load_metadata(args.to_base), pools_globally(path)), None
 
 
 def run_export(args: argparse.Namespace, folder: bool) -> Output:
+    """`merge.py export`."""
     options = {name: getattr(args, name) for name in ("base", "control", "vae", "ema", "prediction")}
     state, config = read_model(ModelSource(args.input, **options))
     content = diffusers_folder(args.input, state, config) if folder else state

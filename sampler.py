@@ -353,7 +353,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--hint-scale", type=number(float, 0),
         help="value of the hint file that becomes white; 0: its format's largest (default: as the run)")  # fmt: skip
     add("--prediction", choices=("auto", "eps", "v"), default="auto",
-        help="what the UNet predicts; SD 2.1 at 768 px needs v, which its file does not say")  # fmt: skip
+        help="what the UNet predicts: v for SD 2.1 at 768 px, which auto judges by the weights")  # fmt: skip
     add("--seed", type=int, default=0, help="equal seeds draw equal images")
     add("--device", type=device, default=default_device(), help="device that computes: cuda, cuda:1, mps or cpu")
     add("--precision", choices=tuple(PRECISIONS), default="fp32", help="number format of weights and computation")

@@ -9,7 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import ImageFont
 
 import train
 from tests import attack, fuzz_inputs, fuzzing
@@ -17,7 +19,7 @@ from tests.attack import Process, Victim
 from tests.fuzz_inputs import READERS, copy_corpus, make_corpus, run_flags, save_micro_model
 from toy import circles
 from training.console import protect_output
-from training.records import read_metrics
+from training.records import _wrap, read_metrics, save_grid
 from weights.runs import list_checkpoints
 
 ROOT = Path(__file__).parent.parent
@@ -175,6 +177,15 @@ def test_letters_that_the_console_lacks_become_escapes(monkeypatch, tmp_path):
         print("круг, é")
         monkeypatch.undo()
     assert (tmp_path / "output.txt").read_bytes().strip() == rb"\u043a\u0440\u0443\u0433, " + "é".encode("cp1252")
+
+
+def test_a_long_prompt_without_spaces_is_drawn(tmp_path):
+    """As prompts in Chinese and Japanese are; each line of the picture holds as much as fits."""
+    save_grid(tmp_path / "grid.png", {"hint": [np.zeros((32, 32, 3), np.uint8)]}, ["a" * 5000])
+    font = ImageFont.load_default(size=11)
+    lines = _wrap("a" * 1000, font, 96)
+    assert "".join(lines) == "a" * 1000
+    assert all(font.getlength(line) <= 96 < font.getlength(line + "a") for line in lines[:-1])
 
 
 def test_overwriting_a_run_whose_checkpoints_are_on_another_disk(victim, run, tmp_path):

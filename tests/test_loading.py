@@ -7,7 +7,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -96,9 +95,8 @@ def test_a_worker_that_was_killed_is_one_line_when_its_batch_is_due():
 
 
 def test_a_billion_steps_start_at_once():
-    started = time.perf_counter()
+    """A list of their numbers would not fit into memory."""
     assert next(data.batches(Items(), 0, 4 * 10**9, 4))[:, 0].tolist() == [0, 1, 2, 3]
-    assert time.perf_counter() - started < 1
 
 
 SCRIPT = """
@@ -192,9 +190,8 @@ def test_an_exception_does_not_leave_workers_that_are_waited_for(tmp_path):
         "class Items(torch.utils.data.Dataset):\n    def __getitem__(self, n): return n\n"
         "loader = data.batches(Items(), 0, 10**6, 2, 2)\nnext(loader)\nraise SystemExit('ended')\n"
     )
-    started = time.perf_counter()
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
-    assert done.stderr == "ended\n" and time.perf_counter() - started < 30
+    assert done.stderr == "ended\n"
 
 
 def test_numpy_items_are_batched():

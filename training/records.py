@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,15 +73,17 @@ def save_grid(path: str | Path, columns: dict[str, Sequence[np.ndarray]], captio
 
 
 def _wrap(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:
-    """Break `text` into lines of at most `width` pixels, between words, and within a word that is longer than that."""
+    """Break `text` into lines of at most `width` pixels, between words, and within a word that is longer than that (as
+    whole prompts in Chinese are). Of more than 1000 characters the rest is left out."""
     lines, current = [], ""
-    for word in text.split():
+    for word in (text if len(text) <= 1000 else text[:1000] + " ...").split():
         longer = f"{current} {word}".strip()
         if current and font.getlength(longer) > width:
             lines.append(current)
             longer = word
         while len(longer) > 1 and font.getlength(longer) > width:
-            fits = next(n for n in range(len(longer) - 1, 0, -1) if n == 1 or font.getlength(longer[:n]) <= width)
+            # the most characters that fit; a longer text is wider
+            fits = max(1, bisect_right(range(1, len(longer)), width, key=lambda n: font.getlength(longer[:n])))  # noqa: B023
             lines.append(longer[:fits])
             longer = longer[fits:]
         current = longer

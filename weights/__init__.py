@@ -3,6 +3,8 @@
 reading, writing, runs      files and folders; original key names, whatever the format
 pickles, configs            what a pickle may do, and what configurations may say
 spelling, diffusers_folder  the names and configurations that diffusers and transformers use
+detect, kinds               which model this is, and what it is if it is none
+original, clients           what the original and other programs expect
 source                      `load_model(ModelSource(...))`: which model this is, put together from which files
 """
 

@@ -76,6 +76,8 @@ def _about_the_name(out: str, config: ModelConfig | None) -> list[str]:
             "Automatic1111's ControlNet extension filters by the file's name: call it "
             f"control_{family}_NAME{'_shuffle' * pooled}.safetensors (canny, xl, shuffle in NAME mean something to it)"
         )
+    if family == "sd21":
+        lines.append("Automatic1111's extension computes it with 8 heads, which is off by 5%; ComfyUI does not")
     if pooled and not stem.lower().endswith(("_shuffle", "_shuffle_fp16")):
         lines.append(
             "its residuals are averaged over the image; ComfyUI and Automatic1111 do that if the name ends in _shuffle"
