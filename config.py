@@ -144,7 +144,9 @@ class Config:
     )
 
     steps: int = setting(10_000, "optimization", "optimizer steps of the whole run", low=1)
-    batch_size: int = setting(4, "optimization", "samples that one GPU computes at once (a micro-batch)", low=1)
+    batch_size: int = setting(
+        4, "optimization", "samples that one GPU computes at once (a micro-batch)", low=1, high=65536
+    )
     accumulate_grad_batches: int = setting(
         1, "optimization", "micro-batches in a step: 4 make the batch of a step 4 times as large", low=1
     )
@@ -235,7 +237,11 @@ class Config:
     )
     cache_dir: str = setting("data/.cache", "data loading", "folder of the cache, which runs share")
     workers: int = setting(
-        2 if torch.cuda.is_available() else 0, "data loading", "processes that load samples ahead; 0: none", low=0
+        2 if torch.cuda.is_available() else 0,
+        "data loading",
+        "processes that load samples ahead; 0: none",
+        low=0,
+        high=256,
     )
 
     logger_freq: int = setting(

@@ -212,7 +212,8 @@ def _flags(help_of: Callable[[list[str]], object], command: tuple[str, ...]) -> 
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         help_of([*command, "--help"])
-    return sorted(set(re.findall(r"(?<![\w-])--[a-z][\w-]*", out.getvalue())) - {"--help"})
+    slow = {"--compile"}  # takes minutes, and may
+    return sorted(set(re.findall(r"(?<![\w-])--[a-z][\w-]*", out.getvalue())) - {"--help"} - slow)
 
 
 def flag_commands(folder: Path) -> dict[str, tuple[Callable, tuple[str, ...], list[str]]]:

@@ -326,7 +326,7 @@ def test_rows_that_changed_are_counted_and_can_be_accepted(config, folder, tmp_p
 # ------------------------------------------------------------------------------------------------------------- flags
 RANGES = {
     "clip_grad_norm": -1.0, "min_snr_gamma": -1.0, "keep_checkpoints": -1, "steps": 0, "batch_size": 0,
-    "learning_rate": float("nan"), "weight_decay": float("inf"), "drop_prompt": 1.5, "huber": -0.1, "workers": -1,
+    "learning_rate": float("nan"), "weight_decay": float("inf"), "drop_prompt": 1.5, "huber": -0.1, "workers": 257,
     "max_timestep": 1000, "timestep_bias": 0.0, "hint_channels": 0, "clip_skip": 0, "seed": 2**64, "guidance": -1.0,
 }  # fmt: skip
 
