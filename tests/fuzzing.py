@@ -99,7 +99,7 @@ class Child:
         log = os.open(self.folder.parent / "output.txt", os.O_RDWR | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        sys.stdout, sys.stderr = (open(fd, "w", buffering=1, encoding="utf-8", closefd=False) for fd in (1, 2))  # noqa: SIM115
+        sys.stdout, sys.stderr = (open(fd, "w", 1, "utf-8", "backslashreplace", closefd=False) for fd in (1, 2))  # noqa: SIM115
         torch.set_num_threads(1)
         if resource and Path("/proc/self/statm").exists():
             size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
