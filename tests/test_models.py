@@ -11,6 +11,7 @@ from layers import Addition, Conv1x1, Conv3x3, GatedGELU
 from ldm import SD21_V, TINY, ModelConfig
 from unet import UNetConfig
 from weights import CheckpointError, ModelSource, load_model, load_state_dict
+from weights.source import load_trained
 from weights.writing import save_safetensors
 
 
@@ -136,6 +137,8 @@ def test_additions_start_train_and_come_back(base, folder, tmp_path, monkeypatch
         assert (table[3] != 0.5).any() and (table[4] == 0.5).all()
     with pytest.raises(CheckpointError, match=f"1 tensor that this ControlNet does not have, as {name}"):
         load_model(run)
+    with pytest.raises(CheckpointError, match="1 trained tensors have no place in this model, as model.*lora_up"):
+        load_trained("run", load_model(old), {"model.diffusion_model.out.2.lora_up": torch.ones(1)})
 
 
 def test_config_fields():

@@ -359,13 +359,13 @@ def _clip_spelling(path: str | Path, state: dict[str, Tensor]) -> dict[str, Tens
 
 
 def load_trained(path: str | Path, model: nn.Module, trained: dict[str, Tensor]) -> None:
-    """Copy into the model every tensor of `trained` whose name the model has. Tensors of other names, which a modified
-    model trained, are left out with a line that says so."""
+    """Copy the tensors that a run trained into the model. CheckpointError names one that the model does not have, which a
+    modified model trained: without it another picture would come out."""
     own = model.state_dict()
     if strange := sorted(trained.keys() - own.keys()):
-        print(
-            f"{path}: {len(strange)} trained tensors have no place in this model, as {strange[0]}; they are left out "
-            "(was the run trained with modules that this code does not have?)"
+        raise CheckpointError(
+            f"{path}: {len(strange)} trained tensors have no place in this model, as {strange[0]}; the run was trained "
+            "with modules that this code does not have"
         )
     _check_shapes(path, own, trained)
     model.load_state_dict(trained, strict=False)
