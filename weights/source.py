@@ -359,8 +359,8 @@ def _clip_spelling(path: str | Path, state: dict[str, Tensor]) -> dict[str, Tens
 
 
 def load_trained(path: str | Path, model: nn.Module, trained: dict[str, Tensor]) -> None:
-    """Copy the tensors that a run trained into the model. CheckpointError names one that the model does not have, which a
-    modified model trained: without it another picture would come out."""
+    """Copy the tensors that a run trained into the model. CheckpointError names one that the model does not have: a
+    modified model trained it, and without it another picture would come out."""
     own = model.state_dict()
     if strange := sorted(trained.keys() - own.keys()):
         raise CheckpointError(
