@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import xml.etree.ElementTree
 
 import numpy as np
 import pytest
@@ -72,6 +73,22 @@ def test_a_run_leaves_what_the_table_reads(monkeypatch, tmp_path):
         right, other = (sum(row[k] for row in rows) for k in (1, 2))
         assert 1 - right / other == pytest.approx(gain, abs=1e-6)
     assert convergence.table("keypoints")[2].startswith("| muon-0.02 | 1 | 0 |")
+
+
+def test_events_and_figure(monkeypatch, tmp_path):
+    monkeypatch.setattr(convergence, "ROOT", tmp_path)
+    run = tmp_path / "outline" / "demo-0"
+    run.mkdir(parents=True)
+    late = lambda step, jump: 1.0 if step < jump else 0.2
+    entries = [{"step": s, "samples": [(100, late(s, 30), 1.0), (700, late(s, 10), 1.0)]} for s in range(0, 50, 10)]
+    (run / "gains.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+    lines = convergence.events(run)
+    assert lines[2:5] == ["| 0 to 199 | 0.800 | 25 |", "| 600 to 799 | 0.800 | 5 |", "| all | 0.800 | 10 |"]
+    assert "between steps 5 and 25" in lines[-1]
+    outcome = dict(name="demo", seed=0, gains=[(0, 0.0), (100, 0.9)], failed="", batch=8)
+    (run / "outcome.json").write_text(json.dumps(outcome))
+    xml.etree.ElementTree.fromstring(convergence.figure("outline"))
+    assert ">711<" in convergence.figure("outline")  # 8 * 100 * 0.8 / 0.9
 
 
 def test_hints_show_the_circle():

@@ -3,6 +3,8 @@
     python -m toy.convergence run batch muon --seeds 3       train every setting of these groups; done ones are skipped
     python -m toy.convergence run all --task keypoints       the same on another kind of hint
     python -m toy.convergence table                          the table of everything that was run, in Markdown
+    python -m toy.convergence figure docs/convergence.svg    the samples that each setting took to a control gain of 0.8
+    python -m toy.convergence events demo                    is the jump one event? (by timestep, by validation sample)
 
 Every run has the demo's settings but for what its row names, a budget of BUDGET samples, and the demo's learning rate
 schedule over these samples. The control gain is measured every 160 samples. A run is judged by the overlap of what it
@@ -34,7 +36,7 @@ from toy import circles
 from training.records import read_metrics
 from training.validation import Validation
 from weights import load_model, load_state_dict
-from weights.writing import save_json, save_safetensors
+from weights.writing import save_json, save_safetensors, write_atomically
 
 ROOT = Path("runs/convergence")
 BUDGET = 4800  # samples of a run: 600 steps of the demo's batch
@@ -125,6 +127,10 @@ def run_one(name: str, changes: dict[str, Any], task: str, seed: int, count: int
     except (ValueError, OSError) as e:
         failed = str(e)
     entries = read_metrics(folder)
+    if entries and entries[-1]["step"] < config.steps and "in a row" not in failed:
+        sys.exit(
+            f"{folder}: stopped at step {entries[-1]['step']}; the same command goes on with this run from its start"
+        )
     outcome = {
         "name": name, "task": task, "seed": seed, "changes": changes, "failed": failed, "batch": config.batch_size,
         "steps": config.steps, "flops": flops_of(config), "threads": torch.get_num_threads(),
@@ -176,16 +182,21 @@ def spread(values: Sequence[float | None], digits: int = 0) -> str:
     return f"{mean:.{digits}f}{extremes}"
 
 
-def table(task: str) -> list[str]:
-    """Everything that was run on a task, as the lines of a Markdown table."""
-    found: dict[str, list[dict[str, Any]]] = {}
+def outcomes_of(task: str) -> dict[str, list[dict[str, Any]]]:
+    """The outcomes of everything that was run on a task, by setting, in the order of GROUPS."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for group in GROUPS.values() for name in group}
     for file in sorted((ROOT / task).glob("*/outcome.json")):
         outcome = json.loads(file.read_text())
         found.setdefault(outcome["name"], []).append(outcome)
+    return {name: outcomes for name, outcomes in found.items() if outcomes}
+
+
+def table(task: str) -> list[str]:
+    """Everything that was run on a task, as the lines of a Markdown table."""
     columns = ["setting", "seeds", "failed", *(f"samples to gain {level}" for level in LEVELS), "steps to gain 0.8"]
     columns += ["TFLOP to gain 0.8", "final gain", "IoU", "colours"]
     rows = [columns, ["---"] * len(columns)]
-    rows += [row(name, found[name]) for group in GROUPS.values() for name in group if name in found]
+    rows += [row(name, outcomes) for name, outcomes in outcomes_of(task).items()]
     return [f"| {' | '.join(cells)} |" for cells in rows]
 
 
@@ -205,6 +216,71 @@ def row(name: str, outcomes: Sequence[dict[str, Any]]) -> list[str]:
     ]  # fmt: skip
 
 
+# ------------------------------------------------------------------------------------------------- figure and events
+def figure(task: str) -> str:
+    """A bar chart (SVG) of the samples that each setting took to a control gain of 0.8: bars are means over the seeds,
+    lines go from the fastest to the slowest seed. A setting that did not come there with every seed is hatched."""
+    bars = []
+    for name, outcomes in outcomes_of(task).items():
+        samples = [reached(o["gains"], 0.8) for o in outcomes]
+        there = [step * o["batch"] for step, o in zip(samples, outcomes, strict=True) if step is not None]
+        bars.append((name, there, len(there) < len(outcomes)))
+    bars.sort(key=lambda bar: statistics.mean(bar[1]) if bar[1] else float("inf"))
+    left, row_height, width, top = 190, 20, 760, 40
+    scale = (width - left - 60) / max([max(there) for _, there, _ in bars if there], default=1)
+    marks = []
+    for i, (name, there, incomplete) in enumerate(bars):
+        y = top + i * row_height
+        marks.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{name}</text>')
+        if not there:
+            marks.append(f'<text x="{left + 4}" y="{y + 13}" fill="#a33">not within {BUDGET} samples</text>')
+            continue
+        mean, low, high = (left + scale * f(there) for f in (statistics.mean, min, max))
+        fill = "url(#hatched)" if incomplete else "#1f69be"
+        marks.append(
+            f'<rect x="{left}" y="{y + 3}" width="{mean - left:.1f}" height="{row_height - 6}" fill="{fill}"/>'
+        )
+        marks.append(f'<path d="M{low:.1f} {y + 10}H{high:.1f}" stroke="#c83228" stroke-width="2"/>')
+        marks.append(f'<text x="{max(mean, high) + 5:.1f}" y="{y + 13}">{statistics.mean(there):.0f}</text>')
+    height = top + len(bars) * row_height + 10
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"'
+        ' font-family="sans-serif" font-size="12">',
+        '<defs><pattern id="hatched" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+        '<path d="M0 0V6" stroke="#1f69be" stroke-width="6" opacity="0.5"/></pattern></defs>',
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+        f'<text x="8" y="20" font-size="14">Samples to a control gain of 0.8 ({task} hints); '
+        "red: over the seeds</text>",
+        *marks, "</svg>", "",
+    ])  # fmt: skip
+
+
+def events(run: Path) -> list[str]:
+    """Is the jump one event? When the control gain of each band of timesteps, and of each validation sample, first was
+    half of its final value, as the lines of a Markdown table."""
+    entries = [json.loads(line) for line in (run / "gains.jsonl").read_text().splitlines()]
+    losses = np.array([e["samples"] for e in entries])  # (measurements, samples, 3): timestep, right hint, other hint
+    steps, timesteps = [e["step"] for e in entries], losses[0, :, 0]
+    gain = lambda chosen: 1 - losses[:, chosen, 1].sum(1) / losses[:, chosen, 2].sum(1)
+    half = lambda series: reached(list(zip(steps, series.tolist(), strict=True)), series[-1] / 2)
+    lines = ["| timesteps | final gain | step of half of it |", "|---|---|---|"]
+    for low in range(0, 1000, 200):
+        chosen = (timesteps >= low) & (timesteps < low + 200)
+        if chosen.any():
+            series = gain(chosen)
+            lines.append(f"| {low} to {low + 199} | {series[-1]:.3f} | {half(series):.0f} |")
+    whole = gain(np.ones(len(timesteps), dtype=bool))
+    lines.append(f"| all | {whole[-1]:.3f} | {half(whole):.0f} |")
+    one_by_one = [half(gain([i])) for i in range(len(timesteps)) if gain([i])[-1] > 0.1]
+    low, middle, high = np.percentile(one_by_one, [0, 50, 100])
+    lines.append("")
+    lines.append(
+        f"{len(one_by_one)} of {len(timesteps)} validation samples end above a gain of 0.1; each was at half of its own "
+        f"final gain between steps {low:.0f} and {high:.0f}, the middle one at {middle:.0f}."
+    )
+    return lines
+
+
 # ---------------------------------------------------------------------------------------------------------------- CLI
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m toy.convergence", description=__doc__.split("\n")[0])
@@ -214,11 +290,20 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--seeds", type=number(int, 1, 100), default=3, help="seeds of each setting (default 3)")
     p.add_argument("--count", type=number(int, 1, 1000), default=32, help="held-out hints to judge by (default 32)")
     t = commands.add_parser("table", help="print the table of what was run")
-    for command in (p, t):
+    f = commands.add_parser("figure", help="draw what was run as an SVG file")
+    f.add_argument("file", help="file to write")
+    e = commands.add_parser("events", help="tell when each timestep and each validation sample jumped")
+    e.add_argument("setting", help="name of a setting that was run")
+    e.add_argument("--seed", type=number(int, 0), default=0, help="seed of the run (default 0)")
+    for command in (p, t, f, e):
         command.add_argument("--task", choices=tuple(circles.HINTS), default="outline", help="kind of the hints")
     args = parser.parse_args(argv)
     if args.command == "table":
         return print("\n".join(table(args.task)))
+    if args.command == "figure":
+        return write_atomically(args.file, lambda path: path.write_text(figure(args.task)))
+    if args.command == "events":
+        return print("\n".join(events(ROOT / args.task / f"{args.setting}-{args.seed}")))
     folder = Path("data/convergence") / args.task
     if not (folder / "prompt.json").exists():
         circles.make(folder, kind=args.task)
