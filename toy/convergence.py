@@ -275,8 +275,8 @@ def events(run: Path) -> list[str]:
     low, middle, high = np.percentile(one_by_one, [0, 50, 100])
     lines.append("")
     lines.append(
-        f"{len(one_by_one)} of {len(timesteps)} validation samples end above a gain of 0.1; each was at half of its own "
-        f"final gain between steps {low:.0f} and {high:.0f}, the middle one at {middle:.0f}."
+        f"{len(one_by_one)} of {len(timesteps)} validation samples end above a gain of 0.1; each was at half of its "
+        f"own final gain between steps {low:.0f} and {high:.0f}, the middle one at {middle:.0f}."
     )
     return lines
 
