@@ -69,21 +69,27 @@ class ControlNet(UNetEncoder):
         self.zero_convs = nn.ModuleList(nn.Sequential(ZeroConv(c)) for c in self.skip_channels)
         self.middle_block_out = nn.Sequential(ZeroConv(self.skip_channels[-1]))
 
-    def forward(self, x: Tensor, hint: Tensor, timesteps: Tensor, context: Tensor) -> list[Tensor]:
-        """The residuals that steer the UNet: 13 for Stable Diffusion, shallow to deep, the middle block's last.
+    def forward(
+        self, x: Tensor, hint: Tensor, timesteps: Tensor, context: Tensor, y: Tensor | None = None
+    ) -> list[Tensor]:
+        """The residuals that steer the UNet, shallow to deep, the middle block's last: 13 for Stable Diffusion, 10 for
+        SDXL.
 
-        x (B,4,h,w), hint (B,hint_channels,8h,8w) in [0,1], timesteps (B,), context (B,77,D). With `only_mid_control`
-        the list holds the middle block's residual alone; with `global_pool` each residual is (B,c,1,1).
+        x (B,4,h,w), hint (B,hint_channels,8h,8w) in [0,1], timesteps (B,), context (B,77,D), y (B,adm_in_channels).
+        With `only_mid_control` the list holds the middle block's residual alone; with `global_pool` each residual is
+        (B,c,1,1).
         """
-        return self.residuals(x, self.embed_hint(hint), timesteps, context)
+        return self.residuals(x, self.embed_hint(hint), timesteps, context, y)
 
     def embed_hint(self, hint: Tensor) -> Tensor:
         """hint (B,hint_channels,8h,8w) in [0,1] -> hint_embedding (B,model_channels,h,w), equal at all timesteps."""
         return self.call_block(self.input_hint_block, hint.to(self.dtype))
 
-    def residuals(self, x: Tensor, hint_embedding: Tensor, timesteps: Tensor, context: Tensor) -> list[Tensor]:
+    def residuals(
+        self, x: Tensor, hint_embedding: Tensor, timesteps: Tensor, context: Tensor, y: Tensor | None = None
+    ) -> list[Tensor]:
         """As `forward`, for a hint that `embed_hint` has encoded."""
-        h, skips, _ = self.encode(x, timesteps, context, hint_embedding)
+        h, skips, _ = self.encode(x, timesteps, context, hint_embedding, y)
         outer = [] if self.only_mid_control else list(zip(self.zero_convs, skips, strict=True))
         residuals = [self.call_block(conv, features) for conv, features in [*outer, (self.middle_block_out, h)]]
         return [r.mean((2, 3), keepdim=True) for r in residuals] if self.global_pool else residuals

@@ -10,6 +10,7 @@ Every difference from PyTorch's own layer has one of three reasons:
     speed       On a CPU some convolutions are faster as one product of matrices (`Conv3x3`, `Conv1x1`).
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,17 @@ def zero_module(module: nn.Module) -> nn.Module:
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
+
+
+def config_repr(*later: str) -> Callable[[Any], str]:
+    """The `__repr__` of a configuration (a dataclass), as dataclasses write it, but without those of the fields `later`
+    that have their default: caches and runs are known by a digest of this text, also those from before these fields."""
+
+    def text(self: Any) -> str:
+        fields = [f for f in dataclasses.fields(self) if f.name not in later or getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in fields)})"
+
+    return text
 
 
 class Addition(nn.Module):

@@ -1,6 +1,6 @@
 """The latent diffusion model put together: UNet, ControlNet, VAE and text encoder, and the table of known models.
 
-    prompts --text--> context --+
+    prompts --text--> context --+   (SDXL: and pooled, which with the sizes of the image makes y)
                                 v
     images --vae--> latents --unet--> eps          hint --control_model--> residuals, added inside of the unet
 
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from clip_text import CLIPTextModel, TextConfig, Tokenizer
+from conditioning import TextEncoders, embed_sizes
 from controlnet import HINT_WIDTHS, ControlNet
+from precision import PRECISIONS, NotFiniteError, check_finite, compute_dtype_for, is_finite, use_tf32  # noqa: F401
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig, sample_posterior
 
@@ -32,8 +34,12 @@ class ModelConfig:
     vae: VAEConfig = VAEConfig()
     text: TextConfig = TextConfig()
     pad: str = "end"  # what prompts are padded with: "end" (SD 1.x) or "zero" (SD 2.x)
+    text2: TextConfig | None = None  # a second text encoder, whose vectors are put beside the first one's (SDXL)
+    pad2: str = "zero"  # what its prompts are padded with
+    zero_empty_negative: bool = False  # an empty negative prompt is zeros, and not what the encoders make of it
     prediction: str = "eps"  # what the UNet predicts: the noise ("eps") or the velocity ("v")
     scale_factor: float = 0.18215  # latents are the output of the VAE's encoder times this
+    vae_fp16_safe: bool = True  # the VAE's activations stay below float16's largest number, 65504
     linear_start: float = 0.00085  # the first beta of the noise schedule; betas are linear in their square roots
     linear_end: float = 0.012  # the last beta
     zero_terminal_snr: bool = False  # the schedule is stretched so that it ends in pure noise
@@ -51,9 +57,10 @@ class ModelConfig:
     def from_json(cls, text: str) -> "ModelConfig":
         """The configuration that `to_json` wrote. Raises TypeError, ValueError or KeyError for any other text."""
         tuples = lambda fields: {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-        networks = {"unet": UNetConfig, "vae": VAEConfig, "text": TextConfig}
+        networks = {"unet": UNetConfig, "vae": VAEConfig, "text": TextConfig, "text2": TextConfig}
         fields = json.loads(text)
-        return cls(**tuples({k: networks[k](**tuples(v)) if k in networks else v for k, v in fields.items()}))
+        has_fields = lambda k, v: k in networks and v is not None
+        return cls(**tuples({k: networks[k](**tuples(v)) if has_fields(k, v) else v for k, v in fields.items()}))
 
     @property
     def vae_factor(self) -> int:
@@ -62,8 +69,13 @@ class ModelConfig:
 
     @property
     def multiple(self) -> int:
-        """The number that must divide the sides of an image, in pixels: 64 for Stable Diffusion."""
+        """The number that must divide the sides of an image, in pixels: 64 for Stable Diffusion, 32 for SDXL (which was
+        trained on multiples of 64)."""
         return self.vae_factor * 2 ** (len(self.unet.channel_mult) - 1)
+
+    def vae_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the VAE in a model of `dtype`: float32 instead of a float16 in which it would overflow."""
+        return dtype if self.vae_fp16_safe or dtype != torch.float16 else torch.float32
 
 
 _SD2 = dict(
@@ -71,6 +83,22 @@ _SD2 = dict(
     text=TextConfig(width=1024, layers=24, heads=16, mlp_width=4096, activation="gelu", penultimate=True),
     pad="zero",
 )
+_SDXL = dict(
+    unet=UNetConfig(
+        channel_mult=(1, 2, 4), attention_resolutions=(4, 2), transformer_depth=(1, 2, 10), context_dim=2048,
+        num_heads=None, num_head_channels=64, use_linear_in_transformer=True, adm_in_channels=2816,
+    ),
+    text=TextConfig(penultimate=True, final_norm=False),
+    text2=TextConfig(
+        width=1280, layers=32, heads=20, mlp_width=5120, activation="gelu", penultimate=True, final_norm=False,
+        projection=1280,
+    ),
+    zero_empty_negative=True,
+    scale_factor=0.13025,
+    vae_fp16_safe=False,
+    guidance=5.0,
+    resolution=1024,
+)  # fmt: skip
 _TINY = dict(
     unet=UNetConfig(
         model_channels=48, channel_mult=(1, 2, 2), num_res_blocks=1, attention_resolutions=(2, 4), context_dim=64,
@@ -90,32 +118,9 @@ _TINY = dict(
 SD15 = ModelConfig("sd15")
 SD21 = ModelConfig("sd21", **_SD2)
 SD21_V = ModelConfig("sd21_v", **_SD2, prediction="v", resolution=768)
+SDXL = ModelConfig("sdxl", **_SDXL)
 TINY = ModelConfig("tiny", **_TINY)
-MODELS = {model.name: model for model in (SD15, SD21, SD21_V, TINY)}
-
-
-# --------------------------------------------------------------------------------------------------------- precision
-PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def use_tf32(on: bool) -> None:
-    """Let a GPU round the factors of float32 products to 10 bits of mantissa, or not. A setting of the process."""
-    torch.set_float32_matmul_precision("high" if on else "highest")
-    torch.backends.cudnn.allow_tf32 = on
-
-
-def compute_dtype_for(precision: str, device: torch.device | str) -> torch.dtype:
-    """The dtype in which `device` computes where weights are kept in PRECISIONS[precision].
-
-    The two dtypes are equal, except on a CPU without instructions for the short one: that CPU computes in float32,
-    since it would take a hundred times as long with bfloat16 or float16.
-    """
-    dtype = PRECISIONS[precision]
-    probes = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    if torch.device(device).type != "cpu" or dtype not in probes:
-        return dtype
-    supported = torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, probes[dtype])()
-    return dtype if supported else torch.float32
+MODELS = {model.name: model for model in (SD15, SD21, SD21_V, SDXL, TINY)}
 
 
 # --------------------------------------------------------------------------------------------------------- the model
@@ -135,9 +140,14 @@ class ControlLDM(nn.Module):
             self.control_model = ControlNet(config.unet, hint_channels, config.hint_widths)
             self.control_model.global_pool = config.global_pool
         self.first_stage_model = AutoencoderKL(config.vae)
-        self.cond_stage_model = nn.Module()
-        self.cond_stage_model.transformer = CLIPTextModel(config.text)
         self.tokenizer = Tokenizer(config.pad)
+        self.tokenizers = [self.tokenizer]  # one for each text encoder
+        if config.text2 is None:
+            self.cond_stage_model = nn.Module()
+            self.cond_stage_model.transformer = CLIPTextModel(config.text)
+        else:
+            self.conditioner = TextEncoders(config.text, config.text2)
+            self.tokenizers.append(Tokenizer(config.pad2))
 
     @property
     def unet(self) -> UNet:
@@ -148,17 +158,44 @@ class ControlLDM(nn.Module):
         return self.first_stage_model
 
     @property
-    def text(self) -> CLIPTextModel:
-        return self.cond_stage_model.transformer
+    def text(self) -> CLIPTextModel | TextEncoders:
+        return self.cond_stage_model.transformer if self.config.text2 is None else self.conditioner
 
     @property
     def device(self) -> torch.device:
         """The device on which the UNet computes."""
         return self.unet.time_embed[0].weight.device
 
+    def encode_text(self, prompts: str | list[str]) -> tuple[Tensor, Tensor | None]:
+        """One prompt or a list of B -> context (B,77,D) and pooled (B,P), which is None for models without a y."""
+        encoders = [self.text] if self.config.text2 is None else self.text.encoders()
+        device = next(self.text.parameters()).device
+        pairs = zip(encoders, self.tokenizers, strict=True)
+        encoded = [encoder.encode(tokenizer(prompts).to(device)) for encoder, tokenizer in pairs]
+        return torch.cat([context for context, _ in encoded], dim=-1), encoded[-1][1]
+
     def encode_prompts(self, prompts: str | list[str]) -> Tensor:
         """One prompt or a list of B -> context (B,77,D)."""
-        return self.text(self.tokenizer(prompts).to(self.text.text_model.final_layer_norm.weight.device))
+        return self.encode_text(prompts)[0]
+
+    def encode_negative(self, prompts: str | list[str]) -> tuple[Tensor, Tensor | None]:
+        """`encode_text` for negative prompts: an empty one is zeros, where the model says so."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        context, pooled = self.encode_text(prompts)
+        if self.config.zero_empty_negative:
+            empty = torch.tensor([not prompt for prompt in prompts], device=context.device)
+            context = context.masked_fill(empty[:, None, None], 0)
+            pooled = None if pooled is None else pooled.masked_fill(empty[:, None], 0)
+        return context, pooled
+
+    def make_y(self, pooled: Tensor | None, sizes: Tensor) -> Tensor | None:
+        """The vector y (B,adm_in_channels) float32 that UNet and ControlNet take; None for models without.
+
+        pooled (B,P) of `encode_text`; sizes (B,6), in pixels and in the order of `conditioning.SIZES`.
+        """
+        if self.config.unet.adm_in_channels is None:
+            return None
+        return torch.cat([pooled.float(), embed_sizes(sizes.to(pooled.device))], dim=1)
 
     def sample_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """Sample latents (B,4,h,w), scaled for the UNet, from the VAE's posterior.
@@ -167,15 +204,29 @@ class ControlLDM(nn.Module):
         """
         return sample_posterior(moments, noise) * self.config.scale_factor
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B,4,h,w) -> images (B,3,8h,8w) in [-1,1]."""
-        z = (latents / self.config.scale_factor).to(self.vae.post_quant_conv.weight.dtype)
-        return self.vae.decode(z).clamp(-1, 1)
+    def encode_images(self, images: Tensor) -> Tensor:
+        """images (B,3,8h,8w) in [-1,1] -> moments (B,8,h,w) of the VAE's posterior, in the VAE's dtype. Raises
+        NotFiniteError."""
+        weight = self.vae.quant_conv.weight
+        moments = self.vae.moments(images.to(weight.device, weight.dtype))
+        check_finite(moments, f"the latents of an image, encoded in {weight.dtype},")
+        return moments
 
-    def predict(self, x: Tensor, timesteps: Tensor, context: Tensor, hint: Tensor | None = None) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B,4,h,w) -> images (B,3,8h,8w) in [-1,1]. Raises NotFiniteError if the VAE makes no numbers
+        of finite latents."""
+        z = (latents / self.config.scale_factor).to(self.vae.post_quant_conv.weight.dtype)
+        image = self.vae.decode(z)
+        if not is_finite(image) and is_finite(latents):
+            check_finite(image, f"an image, decoded in {z.dtype},")
+        return image.clamp(-1, 1)
+
+    def predict(
+        self, x: Tensor, timesteps: Tensor, context: Tensor, hint: Tensor | None = None, y: Tensor | None = None
+    ) -> Tensor:
         """What the UNet, steered by the hint, predicts for x (B,4,h,w): eps or v, as `config.prediction` says.
 
-        timesteps (B,), context (B,77,D), hint (B,C,8h,8w) in [0,1] or None for no control.
+        timesteps (B,), context (B,77,D), hint (B,C,8h,8w) in [0,1] or None for no control, y of `make_y`.
         """
-        residuals = None if hint is None else self.control_model(x, hint, timesteps, context)
-        return self.unet(x, timesteps, context, control=residuals)
+        residuals = None if hint is None else self.control_model(x, hint, timesteps, context, y)
+        return self.unet(x, timesteps, context, control=residuals, y=y)

@@ -151,22 +151,24 @@ SOLVERS: dict[str, Callable[[SolverStep], Tensor]] = {"ddim": ddim_step, "dpm": 
 def denoise(
     solver: str, eps_model: EpsModel, x_T: Tensor, steps: int, alphas: Tensor | None = None, eta: float = 0.0,
     generators: Sequence[torch.Generator] | None = None, progress: Callable[[Iterable], Iterable] = iter,
-    trailing: bool = False,
+    trailing: bool = False, timesteps: Sequence[int] | None = None, last_alpha: float | None = None,
 ) -> Tensor:  # fmt: skip
     """Denoise x_T (B,4,h,w), standard normal, in `steps` steps of a solver of SOLVERS. Returns latents (B,4,h,w).
 
     `alphas`: the noise schedule, Stable Diffusion's by default. `eta`: see SolverStep; the noise comes from
     `generators`, one a sample, on the CPU. `progress` wraps the list of steps (tqdm). `trailing`: see
-    `ddim_timesteps`. The last step ends at alphas[0].
+    `ddim_timesteps`; `timesteps`, ascending, take the place of its result. The last step ends at `last_alpha`, by
+    default alphas[0]. (With 1.0, where nothing of the noise is left, DDIM is Euler's method in the sigmas.)
     """
     alphas = (alphas_cumprod() if alphas is None else alphas).cpu().double()
-    timesteps = ddim_timesteps(steps, len(alphas), trailing)
+    timesteps = ddim_timesteps(steps, len(alphas), trailing) if timesteps is None else timesteps
     predict = lambda x, t: eps_model(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device))
     noise = lambda: _noise(x_T.shape, generators).to(x_T)
     x, previous = x_T, None
     for i in progress(range(steps - 1, -1, -1)):
         t, t_next = int(timesteps[i]), int(timesteps[i - 1]) if i > 0 else 0
         alpha, alpha_next = float(alphas[t]), float(alphas[t_next])
+        alpha_next = last_alpha if i == 0 and last_alpha is not None else alpha_next
         eps = predict(x, t)
         x0 = (x - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha)
         step = SolverStep(x, eps, x0, t_next, alpha, alpha_next, i == 0, previous, eta, noise, predict)
@@ -219,10 +221,13 @@ def make_cfg_model(
     controls: Sequence[Control] = (),
     scale: float = 9.0,
     guess_mode: bool = False,
+    y: Tensor | None = None,
+    negative_y: Tensor | None = None,
 ) -> EpsModel:
     """The function that a solver calls for the noise: UNet, prompts, ControlNets and classifier-free guidance in one.
 
-    context, negative (B,77,D): the prompts and the negative prompts. The residuals of several ControlNets are added.
+    context, negative (B,77,D): the prompts and the negative prompts; y, negative_y: what `ControlLDM.make_y` makes for
+    them, where the model needs it (negative_y None: as y). The residuals of several ControlNets are added.
     eps = negative + scale * (prompted - negative), both computed in one batch; at scale 1 the prompted one alone.
     `guess_mode` leaves the hints out of the negative half and multiplies residual i of 13 by 0.825**(12-i), so that the
     hint can do without a prompt. A ControlNet with `global_pool` always leaves the negative half alone, and is not
@@ -231,6 +236,8 @@ def make_cfg_model(
     alphas = alphas_cumprod(model.config, model.device)
     guided = scale != 1.0  # the batch of the UNet has two halves: prompts and negative prompts
     contexts = torch.cat([context, negative]) if guided else context
+    negative_y = y if negative_y is None else negative_y
+    ys = torch.cat([y, negative_y]) if guided and y is not None else y
     twice = lambda x: torch.cat([x, x])
     embeddings = [control.net.embed_hint(control.hint) for control in controls]  # once for all steps
 
@@ -241,7 +248,7 @@ def make_cfg_model(
             if control.start <= progress <= control.end:
                 both_halves = guided and not (guess_mode or control.net.global_pool)
                 inputs = map(twice, (x, embedding, t)) if both_halves else (x, embedding, t)
-                found = control.net.residuals(*inputs, contexts if both_halves else context)
+                found = control.net.residuals(*inputs, *((contexts, ys) if both_halves else (context, y)))
                 found = scale_residuals(found, control, guess_mode and not control.net.global_pool)
                 if guided and not both_halves:
                     found = [torch.cat([r, torch.zeros_like(r)]) for r in found]
@@ -250,7 +257,7 @@ def make_cfg_model(
 
     def eps_model(x: Tensor, t: Tensor) -> Tensor:
         x2, t2 = (twice(x), twice(t)) if guided else (x, t)
-        out = model.unet(x2, t2, contexts, control=residuals(x, t)).to(x.dtype)
+        out = model.unet(x2, t2, contexts, control=residuals(x, t), y=ys).to(x.dtype)
         if model.config.prediction == "v":
             a = alphas[t2].view(-1, 1, 1, 1)
             out = a.sqrt() * out + (1 - a).sqrt() * x2
@@ -300,17 +307,19 @@ def sample(
     settings: Sampling = Sampling(),
     first: int = 0,
     progress: Callable[[Iterable], Iterable] = iter,
+    y: Tensor | None = None,
+    negative_y: Tensor | None = None,
 ) -> Tensor:
     """Draw a batch of images. Returns scaled latents (B,4,height/8,width/8), which `model.decode` turns into images.
 
-    context, negative (B,77,D); size (width, height), multiples of `model.config.multiple`; `first`: the number of the
-    batch's first image (see `starting_noise`).
+    context, negative, y, negative_y: see `make_cfg_model`; size (width, height), multiples of `model.config.multiple`;
+    `first`: the number of the batch's first image (see `starting_noise`).
     """
     width, height = size
     shape = (len(context), model.config.unet.in_channels, height // model.vae.factor, width // model.vae.factor)
     x, generators = starting_noise(shape, settings.seed, first)
     scale = model.config.guidance if settings.scale is None else settings.scale
-    eps_model = make_cfg_model(model, context, negative, controls, scale, settings.guess_mode)
+    eps_model = make_cfg_model(model, context, negative, controls, scale, settings.guess_mode, y, negative_y)
     return denoise(
         settings.solver, eps_model, x.to(model.device), settings.steps, alphas_cumprod(model.config), settings.eta,
         generators, progress, model.config.zero_terminal_snr,

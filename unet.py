@@ -25,6 +25,10 @@ and decoder are separate methods because a ControlNet *is* an encoder (`UNetEnco
 residuals are added to the skips before the decoder reads them. Module names are those of `model.diffusion_model.*` in
 Stable Diffusion checkpoints. Follows Rombach et al. 2022 (arXiv:2112.10752) and Dhariwal & Nichol 2021
 (arXiv:2105.05233).
+
+SDXL (Podell et al. 2023, arXiv:2307.01952) is this U with three levels, no transformers on the finest, several blocks
+in each of the others (`transformer_depth`), and a vector y of further conditions, which is added to the timestep's
+embedding.
 """
 
 import math
@@ -35,16 +39,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers import Conv1x1, Conv3x3, GatedGELU, GroupNorm, LayerNorm, Linear, checkpointed, zero_module
+from layers import Conv1x1, Conv3x3, GatedGELU, GroupNorm, LayerNorm, Linear, checkpointed, config_repr, zero_module
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class UNetConfig:
     """Shape of the UNet, in the field names of Stable Diffusion's YAML files.
 
     `attention_resolutions` are the downsampling factors at which there are transformers. Exactly one of `num_heads` (a
     fixed number of attention heads: SD 1.x) and `num_head_channels` (a fixed width of a head: SD 2.x) is set.
     `norm_groups` is 32 in Stable Diffusion; a narrow model needs fewer, or its norms erase flat colours.
+    `transformer_depth`: the blocks of a transformer, for each level; the last number holds for the levels beyond and
+    for the middle block. Where it is 0 a level has no transformers, and the middle block one without blocks.
+    `adm_in_channels`: the width of y, a vector of further conditions (SDXL: 2816); None: there is none.
     """
 
     in_channels: int = 4
@@ -58,8 +65,14 @@ class UNetConfig:
     num_head_channels: int | None = None
     use_linear_in_transformer: bool = False
     norm_groups: int = 32
+    transformer_depth: tuple[int, ...] = (1,)
+    adm_in_channels: int | None = None
+
+    __repr__ = config_repr("transformer_depth", "adm_in_channels")
 
     def __post_init__(self):
+        if isinstance(self.transformer_depth, int):  # as the YAML files of SD 1.x and 2.x have it
+            object.__setattr__(self, "transformer_depth", (self.transformer_depth,))
         if (self.num_heads is None) == (self.num_head_channels is None):
             raise ValueError("UNetConfig: set exactly one of num_heads and num_head_channels (the other None)")
 
@@ -67,9 +80,14 @@ class UNetConfig:
         """The number of attention heads in a transformer of `channels` channels."""
         return self.num_heads or channels // self.num_head_channels
 
+    def depth(self, level: int) -> int:
+        """The blocks in each transformer of level `level` (0 is the finest); 0 where the level has no transformers."""
+        depth = self.transformer_depth[min(level, len(self.transformer_depth) - 1)]
+        return depth if 2**level in self.attention_resolutions else 0
+
     def attends(self, level: int) -> bool:
-        """Whether level `level` (0 is the finest) has transformers."""
-        return 2**level in self.attention_resolutions
+        """Whether level `level` has transformers."""
+        return self.depth(level) > 0
 
 
 def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
@@ -78,6 +96,11 @@ def timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
     freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half)
     angles = timesteps[:, None].float() * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def embedding(c_in: int, c_out: int) -> nn.Sequential:
+    """Two linear layers, which embed what applies to the whole image. (B,c_in) -> (B,c_out)"""
+    return nn.Sequential(Linear(c_in, c_out), nn.SiLU(), Linear(c_out, c_out))
 
 
 # ------------------------------------------------------------------------------------------------------------- the U
@@ -92,7 +115,10 @@ class UNetEncoder(nn.Module):
         self.weight_streamer: Callable[[nn.Module], Callable[..., Tensor]] | None = None  # see lowvram/streaming.py
         c0 = config.model_channels
         self.emb_dim = 4 * c0
-        self.time_embed = nn.Sequential(Linear(c0, self.emb_dim), nn.SiLU(), Linear(self.emb_dim, self.emb_dim))
+        self.time_embed = embedding(c0, self.emb_dim)
+        self.label_emb: nn.Sequential | None = None  # embeds y; the keys are label_emb.0.0.weight and so on
+        if config.adm_in_channels:
+            self.label_emb = nn.Sequential(embedding(config.adm_in_channels, self.emb_dim))
         self.input_blocks = nn.ModuleList([Block(Conv3x3(config.in_channels, c0))])
         self.skip_channels = [c0]  # the channels of each input block's output
         c = c0
@@ -104,12 +130,13 @@ class UNetEncoder(nn.Module):
                 self.input_blocks.append(Block(Downsample(c)))
                 self.skip_channels.append(c)
         resblock = lambda: ResBlock(c, c, self.emb_dim, config.norm_groups)
-        self.middle_block = Block(resblock(), SpatialTransformer(c, config), resblock())
+        self.middle_block = Block(resblock(), SpatialTransformer(c, config, config.transformer_depth[-1]), resblock())
 
     def res_and_attention(self, c_in: int, c_out: int, level: int) -> list[nn.Module]:
         """A residual block and, where the level has attention, a transformer."""
         layers: list[nn.Module] = [ResBlock(c_in, c_out, self.emb_dim, self.config.norm_groups)]
-        return layers + [SpatialTransformer(c_out, self.config)] if self.config.attends(level) else layers
+        depth = self.config.depth(level)
+        return layers + [SpatialTransformer(c_out, self.config, depth)] if depth else layers
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,18 +148,28 @@ class UNetEncoder(nn.Module):
         call = self.weight_streamer(block) if self.weight_streamer else block
         return checkpointed(call, *inputs) if self.gradient_checkpointing else call(*inputs)
 
+    def embed(self, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
+        """What every residual block is told: timesteps (B,) and, where the model has it, y (B,adm_in_channels) ->
+        (B,4*model_channels). Raises ValueError for a y that is missing or that the model does not have."""
+        if (y is None) != (self.label_emb is None):
+            wanted = self.config.adm_in_channels
+            raise ValueError(f"this model needs a vector y of {wanted} numbers" if wanted else "this model has no y")
+        emb = timestep_embedding(timesteps, self.config.model_channels).to(self.dtype)
+        emb = self.call_block(self.time_embed, emb)
+        return emb if y is None else emb + self.call_block(self.label_emb, y.to(self.dtype))
+
     def encode(
-        self, x: Tensor, timesteps: Tensor, context: Tensor, hint_embedding: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        self, x: Tensor, timesteps: Tensor, context: Tensor, hint_embedding: Tensor | None = None,
+        y: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
         """Run the encoder and the middle block.
 
-        x (B,in_channels,h,w) with h, w multiples of 2^(levels-1); timesteps (B,); context (B,M,context_dim);
-        `hint_embedding` (B,model_channels,h,w), of a ControlNet, is added once, after the first block. Returns the
-        middle block's output, the skips from shallow to deep, and the embedding of the timestep.
+        x (B,in_channels,h,w) with h, w multiples of 2^(levels-1); timesteps (B,); context (B,M,context_dim); y
+        (B,adm_in_channels); `hint_embedding` (B,model_channels,h,w), of a ControlNet, is added once, after the first
+        block. Returns the middle block's output, the skips from shallow to deep, and the embedding of timestep and y.
         """
         x, context = x.to(self.dtype), context.to(self.dtype)
-        emb = timestep_embedding(timesteps, self.config.model_channels).to(self.dtype)
-        emb = self.call_block(self.time_embed, emb)  # (B,4*model_channels)
+        emb = self.embed(timesteps, y)
         skips, h = [], x
         for i, block in enumerate(self.input_blocks):
             h = self.call_block(block, h, emb, context)
@@ -177,9 +214,13 @@ class UNet(UNetEncoder):
             h = self.call_block(block, torch.cat([h, skips.pop()], dim=1), emb, context)
         return self.call_block(self.out, h)
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, control: Sequence[Tensor] | None = None) -> Tensor:
-        """x (B,4,h,w), timesteps (B,) in 0..999, context (B,77,context_dim) -> eps (B,4,h,w). `control`: `decode`."""
-        return self.decode(*self.encode(x, timesteps, context), context, control)
+    def forward(
+        self, x: Tensor, timesteps: Tensor, context: Tensor, control: Sequence[Tensor] | None = None,
+        y: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x (B,4,h,w), timesteps (B,) in 0..999, context (B,77,context_dim), y (B,adm_in_channels) -> eps (B,4,h,w).
+        `control`: see `decode`."""
+        return self.decode(*self.encode(x, timesteps, context, y=y), context, control)
 
 
 class Block(nn.Sequential):
@@ -241,16 +282,17 @@ class Upsample(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer over all positions of a feature map. Its projections are linear in SD 2.x, 1x1 convolutions in SD
-    1.x. (B,C,h,w), context (B,M,D) -> (B,C,h,w)"""
+    """A transformer of `depth` blocks over all positions of a feature map. Its projections are 1x1 convolutions in SD
+    1.x, linear in SD 2.x and SDXL. (B,C,h,w), context (B,M,D) -> (B,C,h,w)"""
 
-    def __init__(self, c: int, config: UNetConfig):
+    def __init__(self, c: int, config: UNetConfig, depth: int):
         super().__init__()
         self.use_linear = config.use_linear_in_transformer
         projection = Linear if self.use_linear else Conv1x1
         self.norm = GroupNorm(config.norm_groups, c, eps=1e-6)
         self.proj_in = projection(c, c)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(c, config.context_dim, config.heads(c))])
+        blocks = (TransformerBlock(c, config.context_dim, config.heads(c)) for _ in range(depth))
+        self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = zero_module(projection(c, c))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:

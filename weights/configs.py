@@ -24,6 +24,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from conditioning import SIZE_WIDTH, SIZES
 from ldm import ModelConfig
 
 
@@ -73,7 +74,13 @@ class Rule(NamedTuple):
         return words + (" (or null)" if self.none else "")
 
 
-Rules = Mapping[str, "Rule | Rules"]
+class Nullable(NamedTuple):
+    """The rules of an object that may be missing: null, or fields that keep to `rules`."""
+
+    rules: Mapping[str, "Rule"]
+
+
+Rules = Mapping[str, "Rule | Nullable | Rules"]
 TEXT, FLAG, OBJECT, COUNT = Rule(str), Rule(bool), Rule(dict), Rule(int, 0, 1e15)
 PREDICTION = ("auto", "eps", "v")
 RUN: Rules = {
@@ -138,6 +145,11 @@ CONTROLNET_FIELDS = {
 }  # fmt: skip
 SCALING = Rule(float, 1e-6, 1e6)
 LEVELS, WIDTH = (1, 8), Rule(int, 1, 65536)
+_TEXT_ENCODER = {
+    "width": WIDTH, "layers": Rule(int, 1, 64), "heads": Rule(int, 1, 1024), "mlp_width": WIDTH,
+    "activation": Rule(str, choices=("quick_gelu", "gelu")), "penultimate": FLAG, "final_norm": FLAG,
+    "projection": Rule(int, 1, 65536, none=True),
+}  # fmt: skip
 MODEL: Rules = {
     "name": TEXT,
     "unet": {
@@ -146,16 +158,15 @@ MODEL: Rules = {
         "attention_resolutions": Rule(int, 1, 128, items=(0, 8)), "context_dim": WIDTH,
         "num_heads": Rule(int, 1, 1024, none=True), "num_head_channels": Rule(int, 1, 4096, none=True),
         "use_linear_in_transformer": FLAG, "norm_groups": Rule(int, 1, 1024),
+        "transformer_depth": Rule(int, 0, 24, items=LEVELS), "adm_in_channels": Rule(int, 1, 65536, none=True),
     },
     "vae": {
         "ch": Rule(int, 1, 4096), "ch_mult": Rule(int, 1, 64, items=LEVELS), "num_res_blocks": Rule(int, 1, 8),
         "z_channels": Rule(int, 1, 64), "norm_groups": Rule(int, 1, 1024),
     },
-    "text": {
-        "width": WIDTH, "layers": Rule(int, 1, 64), "heads": Rule(int, 1, 1024), "mlp_width": WIDTH,
-        "activation": Rule(str, choices=("quick_gelu", "gelu")), "penultimate": FLAG,
-    },
-    "pad": Rule(str, choices=("end", "zero")), "prediction": Rule(str, choices=("eps", "v")),
+    "text": _TEXT_ENCODER, "text2": Nullable(_TEXT_ENCODER),
+    "pad": Rule(str, choices=("end", "zero")), "pad2": Rule(str, choices=("end", "zero")),
+    "zero_empty_negative": FLAG, "vae_fp16_safe": FLAG, "prediction": Rule(str, choices=("eps", "v")),
     "scale_factor": Rule(float, 1e-6, 1e6), "linear_start": Rule(float, 1e-9, 0.5),
     "linear_end": Rule(float, 1e-9, 0.999), "zero_terminal_snr": FLAG, "timesteps": Rule(int, 10, 10_000),
     "hint_widths": Rule(int, 1, 4096, items=(4, 4)), "hint_gain": Rule(float, 0, 1e6), "global_pool": FLAG,
@@ -180,6 +191,10 @@ def check_fields(
     for name, rule in rules.items():
         if name not in fields:
             continue
+        if isinstance(rule, Nullable):
+            if fields[name] is None:
+                continue
+            rule = rule.rules
         if not isinstance(rule, Rule):
             check_fields(path, fields[name], rule, section=f"{section}{name}.")
         elif not rule.accepts(fields[name]):
@@ -326,12 +341,17 @@ def _misfit(config: ModelConfig) -> str:
         heads = unet.heads(width)
         if not heads or width % heads or (unet.num_head_channels and width % unet.num_head_channels):
             return f"unet: {width} channels cannot be cut into heads"
-    if text.width % text.heads:
-        return f"text.width is {text.width}, which {text.heads} heads do not divide"
-    if text.layers <= text.penultimate:
-        return "text.layers is 1, and the last layer is left out"
-    if text.width != unet.context_dim:
-        return f"unet.context_dim is {unet.context_dim}, text.width {text.width}"
+    for name, encoder in {"text": text, "text2": config.text2}.items():
+        if encoder and encoder.width % encoder.heads:
+            return f"{name}.width is {encoder.width}, which {encoder.heads} heads do not divide"
+        if encoder and encoder.layers <= encoder.penultimate:
+            return f"{name}.layers is 1, and the last layer is left out"
+    widths = [encoder.width for encoder in (text, config.text2) if encoder]
+    if sum(widths) != unet.context_dim:
+        return f"unet.context_dim is {unet.context_dim}, text.width {' + text2.width '.join(map(str, widths))}"
+    pooled = (config.text2.projection or config.text2.width) if config.text2 else None
+    if unet.adm_in_channels != (wanted := pooled and pooled + len(SIZES) * SIZE_WIDTH):
+        return f"unet.adm_in_channels is {unet.adm_in_channels}, of text2 and sizes it would be {wanted}"
     if not unet.in_channels == unet.out_channels == vae.z_channels:
         return f"the UNet has {unet.in_channels} and {unet.out_channels} channels, the VAE's latents {vae.z_channels}"
     return ""
