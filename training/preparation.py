@@ -74,7 +74,7 @@ def frame_items(
     )  # fmt: skip
     if dataset.variants > 1:
         kept = ", each of which is encoded and cached" if config.cache else ""
-        print(f"every image has {dataset.variants} variants (--crops {config.crops}, flipped or not){kept}")
+        print(f"every image has up to {dataset.variants} variants ({how}){kept}")
     return dataset
 
 
