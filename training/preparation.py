@@ -73,8 +73,8 @@ def frame_items(
         np.array(natives, dtype=np.int32) if from_files else None, config.crops, config.flip,
     )  # fmt: skip
     if dataset.variants > 1:
-        kept = ", each of which is encoded and cached" if config.cache else ""
-        print(f"every image has up to {dataset.variants} variants ({how}){kept}")
+        kept = ", each of which is cached" if config.cache else ""
+        print(f"an image has up to {dataset.variants} variants, by --crops and --flip{kept}")
     return dataset
 
 
