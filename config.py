@@ -20,30 +20,13 @@ import torch
 
 import data
 from ldm import PRECISIONS
+from lowvram.presets import PRESETS, allowed_weight_dtypes
+from lowvram.presets import resolve as resolve
 from training.distributed import world_size
 from training.images import MAX_MEGAPIXELS
 from weights.runs import load_run, run_of
 
 TINY_BASE = Path(__file__).parent / "models" / "tiny_sd.safetensors"
-# `--memory`: the values of all settings about memory that are not given one by one. From the fastest to the leanest.
-PRESETS: dict[str, dict[str, Any]] = {
-    "fast": dict(
-        precision="fp32", gradient_checkpointing=False, trained_weights="fp32", optimizer_bits=32,
-        optimizer_on_cpu=False, stream=False, encode_batch_size=8,
-    ),
-    "8gb": dict(
-        precision="bf16", gradient_checkpointing=True, trained_weights="fp32", optimizer_bits=8,
-        optimizer_on_cpu=False, stream=False, encode_batch_size=2,
-    ),
-    "6gb": dict(
-        precision="bf16", gradient_checkpointing=True, trained_weights="bf16", optimizer_bits=8,
-        optimizer_on_cpu=False, stream=False, encode_batch_size=1,
-    ),
-    "4gb": dict(
-        precision="bf16", gradient_checkpointing=True, trained_weights="bf16", optimizer_bits=32,
-        optimizer_on_cpu=True, stream=True, encode_batch_size=1,
-    ),
-}  # fmt: skip
 INF = math.inf
 
 
@@ -101,6 +84,24 @@ class Config:
     data: str = setting("", "model and data", "folder of the data set: prompt.json, source/ and target/ as in Fill50K")
     out: str = setting("", "model and data", "folder of the run (default: runs/ and the name of the data folder)")
     resolution: str = setting("", "model and data", "size of the images, N or WxH (default: that of the first target)")
+    buckets: bool = setting(
+        False, "model and data",
+        "train images of many shapes: each at the size, of about the area of --resolution (default: the model's), that "
+        "cuts least of it",
+    )  # fmt: skip
+    bucket_batch: int = setting(
+        0, "model and data", "with --buckets: samples of one size that follow each other; 0: those of a step", low=0
+    )
+    crops: int = setting(
+        1, "model and data",
+        "positions at which an image that has to be cut is cut; 1: the middle, 4: the middle and 3 random ones",
+        low=1, high=64,
+    )  # fmt: skip
+    flip: bool = setting(False, "model and data", "exchange left and right in half of the samples, hint and target")
+    directional_hints: bool = setting(
+        False, "model and data",
+        "hints tell left from right (by text, or colours of left and right limbs): --flip is refused",
+    )  # fmt: skip
     hint_channels: int = setting(
         3, "model and data", "channels of the hint images: 1, 3 or 4; any number from .npy files", low=1, high=1024
     )
@@ -285,7 +286,7 @@ DEMO = dict(
 # `base`, `vae` and `data` may be other paths on resume, to the same weights and the same rows.
 FIXED_ON_RESUME = (
     "resolution", "hint_channels", "hint_resample", "hint_ground", "hint_scale", "prediction", "control", "ema",
-    "clip_skip", "seed", "validation", "zero_terminal_snr", "optimizer",
+    "clip_skip", "seed", "validation", "zero_terminal_snr", "optimizer", "buckets", "bucket_batch",
 )  # fmt: skip
 
 
@@ -397,6 +398,7 @@ def parse(argv: list[str] | None) -> CommandLine:
 def resumed_settings(run: str, given: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that is continued with the flags `given`. ConfigError for a flag that cannot change."""
     settings = {k: v for k, v in load_run(run_of(run)).items() if k in Config.__dataclass_fields__}
+    settings = dict(buckets=False) | settings  # a run from before there were buckets has none
     if "memory" in given:
         settings = {k: v for k, v in settings.items() if k not in PRESETS["fast"]}
     plain = lambda name, value: data.parse_resolution(value) if name == "resolution" else value
@@ -412,30 +414,7 @@ def resumed_settings(run: str, given: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-# ------------------------------------------------------------------------------------------------ presets and checks
-def resolve(config: Config, preset: str) -> Config:
-    """`config` with every setting that is None filled in from `preset`, as far as it agrees with those that are given.
-
-    GPUs that do not know bf16 compute in fp16; trained weights can then be fp16 where the optimizer is on the CPU.
-    """
-    filled = {k: v for k, v in PRESETS[preset].items() if getattr(config, k) is None}
-    gpu = "cuda" in config.device and torch.cuda.is_available()
-    if filled.get("precision") == "bf16" and gpu and not torch.cuda.is_bf16_supported(False):
-        filled["precision"] = "fp16"
-    whole = dataclasses.replace(config, **filled, memory=preset)
-    if "trained_weights" in filled and whole.trained_weights not in allowed_weight_dtypes(whole.precision):
-        half = whole.precision == "fp16" and whole.optimizer_on_cpu
-        whole.trained_weights = "fp16" if half else "fp32"
-    if "stream" in filled and (config.compile or not whole.gradient_checkpointing):
-        whole.stream = False
-    return whole
-
-
-def allowed_weight_dtypes(precision: str) -> tuple[str, ...]:
-    """The number formats that trained weights can have when a step is computed in `precision`."""
-    return ("fp32", "fp16") if precision == "fp16" else ("fp32", "bf16")
-
-
+# ------------------------------------------------------------------------------------------------------------- checks
 def validate(config: Config) -> None:
     """Raise ConfigError, which names the flag, for a setting of the wrong type or out of its range, and for settings
     that exclude each other. `config` is resolved."""
@@ -454,6 +433,12 @@ def validate(config: Config) -> None:
         )
     if config.trained_weights == "fp16" and not config.optimizer_on_cpu:
         raise ConfigError("--trained-weights fp16 needs --optimizer-on-cpu, which updates them in fp32; or use bf16")
+    if config.flip and config.directional_hints:
+        raise ConfigError(
+            "--flip would exchange left and right in hints that tell them apart (--directional-hints): leave one out"
+        )
+    if config.bucket_batch and not config.buckets:
+        raise ConfigError(f"--bucket-batch {config.bucket_batch} belongs to --buckets, which is not given")
     if config.compile and config.stream:
         raise ConfigError("--compile and --stream exclude each other: compiled kernels need their weights in place")
     if config.tensorboard and not find_spec("tensorboard"):

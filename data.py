@@ -19,12 +19,10 @@ ControlNet tutorial. Further keys of an item (a class number, say) go through to
 
 import argparse
 import copy
-import hashlib
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +30,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from training import images, verify
+from training.buckets import Framed, bucket_sizes, choose_size
+from training.buckets import fit_size as fit_size
+from training.buckets import parse_resolution as parse_resolution
 from training.console import protect_output
 from training.images import MAX_MEGAPIXELS, RESAMPLE, DataError, Reading, Size, one_line, read_bytes, resize
 from training.images import fraction_cut as fraction_cut
@@ -46,46 +48,19 @@ from training.layouts import is_dataset as is_dataset
 from training.layouts import read_json_lines as read_json_lines
 from training.layouts import read_rows as read_rows
 from training.loading import load
-
-
-# ------------------------------------------------------------------------------------------------------- image sizes
-def parse_resolution(text: str) -> Size:
-    """Parse "512" into (512, 512) and "512x768" into (512, 768): width, height in pixels."""
-    try:
-        sides = [int(side) for side in str(text).lower().split("x")]
-    except ValueError:
-        sides = []
-    if len(sides) not in (1, 2) or min(sides) < 1 or max(sides) > 16384:
-        raise DataError(f"a resolution is N or WxH of 1 to 16384 pixels (512, 512x768), not {str(text)[:100]!r}")
-    return sides[0], sides[-1]
-
-
-def fit_size(size: Size, multiple: int) -> Size:
-    """The size nearest to `size` (width, height) whose sides are multiples of `multiple`, at least one each."""
-    return tuple(max(multiple, round(side / multiple) * multiple) for side in size)
-
-
-def choose_size(resolution: str, native: Size, multiple: int) -> Size:
-    """The size to compute with: `resolution` ("512", "512x768"), or `native` if that is empty, by `fit_size`.
-
-    Prints a line if the wanted size cannot be kept.
-    """
-    wanted = parse_resolution(resolution) if resolution else tuple(native)
-    size = fit_size(wanted, multiple)
-    if size != wanted:
-        sizes = f"{wanted[0]}x{wanted[1]} becomes {size[0]}x{size[1]}"
-        print(f"{sizes}: this UNet needs sides that are multiples of {multiple} pixels")
-    return size
+from training.order import BucketOrder, shuffled
+from training.randomness import SampleRandomness, derive_seed, digest
 
 
 # ----------------------------------------------------------------------------------------------------------- data sets
 @dataclass(eq=False)
-class FolderDataset:
+class FolderDataset(Framed):
     """A folder in one of the layouts as an array-like of `dict(jpg, txt, hint)`.
 
     `size`: every pair is scaled to cover it, and the same middle is cut out of both images (None: images stay as they
-    are). Targets are scaled with antialiasing; hints by area, or `nearest` for label maps. `hint_channels`,
-    `hint_ground`, `hint_scale` and `max_megapixels` as in `training.images.Reading`; targets are laid on white.
+    are), unless `framings` says otherwise. Targets are scaled with antialiasing; hints by area, or `nearest` for label
+    maps. `hint_channels`, `hint_ground`, `hint_scale` and `max_megapixels` as in `training.images.Reading`; targets are
+    laid on white.
     `follow_links`: links may lead out of the folder. Keys that every row has beside the three fields are keys of the
     items, too. With `strict`, rows that cannot be parsed raise DataError (an empty prompt is allowed in training);
     without, they keep their numbers, are listed in `problems`, and raise DataError when they are asked for.
@@ -160,10 +135,11 @@ class FolderDataset:
         hint = Reading(self.hint_channels, self.hint_ground, self.hint_scale, class_numbers, bound)
         return hint, Reading(3, "white", max_pixels=bound)
 
-    def load_item(self, i: int, target: bool = True) -> dict[str, Any]:
+    def load_item(self, i: int, target: bool = True, variant: int = 0) -> dict[str, Any]:
         """Item i: dict(txt, hint, jpg and the further keys of its row); without jpg if `target` is False."""
-        extra = {k: v for k, v in self.rows[i].extra.items() if k in self._extra_keys}
-        return extra | dict(txt=self.prompt(i), hint=self.hint(i)) | (dict(jpg=self.target(i)) if target else {})
+        item = {k: v for k, v in self.rows[i].extra.items() if k in self._extra_keys}
+        item |= self.told_sizes(self.framing(i, variant)) | dict(txt=self.prompt(i), hint=self.hint(i, variant))
+        return item | (dict(jpg=self.target(i, variant)) if target else {})
 
     def prompt(self, i: int) -> str:
         """The prompt of item i."""
@@ -175,25 +151,33 @@ class FolderDataset:
         self._named(i, check_aspects, self.rows[i], hint, target)
         return hint, target
 
-    def target(self, i: int) -> np.ndarray:
+    def native_sizes(self) -> list[Size]:
+        """(width, height) of all targets as they are on disk, as the verification found them or read now."""
+        if self.facts:
+            return [(target.width, target.height) for _, target in self.facts]
+        return [self.sizes(i)[1] for i in range(len(self))]
+
+    def target(self, i: int, variant: int = 0) -> np.ndarray:
         """Target i: (H,W,3) float32 in [-1,1]."""
-        return self._read(i, 1, Image.Resampling.LANCZOS) / 127.5 - 1
+        return self._read(i, 1, Image.Resampling.LANCZOS, variant) / 127.5 - 1
 
-    def hint(self, i: int) -> np.ndarray:
+    def hint(self, i: int, variant: int = 0) -> np.ndarray:
         """Hint i: (H,W,hint_channels) float32 in [0,1]."""
-        return self._read(i, 0, RESAMPLE[self.hint_resample]) / 255
+        return self._read(i, 0, RESAMPLE[self.hint_resample], variant) / 255
 
-    def key(self, i: int) -> bytes:
-        """16 bytes that change when the pixels of target i may change: a digest of its file and of `size`."""
-        return digest(self._named(i, read_bytes, self._files(i)[1]), self.size)
+    def key(self, i: int, variant: int = 0) -> bytes:
+        """16 bytes that change when the pixels of target i may change: a digest of its file and of how it is framed."""
+        content = self._named(i, read_bytes, self._files(i)[1])
+        return digest(content, self.size_of(i), *self.framing(i, variant).deviation)
 
-    def _read(self, i: int, side: int, resample: Image.Resampling) -> np.ndarray:
+    def _read(self, i: int, side: int, resample: Image.Resampling, variant: int) -> np.ndarray:
         path = self._files(i)[side]
         if self.rows[i].target not in self._compared:
             self.sizes(i)
             self._compared.add(self.rows[i].target)
         array = self._named(i, images.decode, path, self.readings()[side]).array
-        return (array if self.size is None else resize(array, self.size, resample)).astype(np.float32)
+        framing = self.framing(i, variant, array.shape[1::-1])
+        return resize(array, framing.size, resample, framing.position, framing.flipped).astype(np.float32)
 
     def _files(self, i: int) -> tuple[Path, Path]:
         """Hint and target file of row i. DataError for a row that could not be parsed."""
@@ -218,7 +202,7 @@ def compare_rows(before: Iterable[str], now: Iterable[str]) -> tuple[int, int]:
 
 
 @dataclass(eq=False)
-class ArrayDataset:
+class ArrayDataset(Framed):
     """Your own array-like of `dict(jpg, txt, hint)` with the methods of FolderDataset that training calls.
 
     Items that are not of `size` are scaled and cut as files are. Raises DataError naming the item when its shapes or
@@ -236,7 +220,7 @@ class ArrayDataset:
     def __getitem__(self, i: int) -> dict[str, Any]:
         return self.load_item(i)
 
-    def load_item(self, i: int, target: bool = True) -> dict[str, Any]:
+    def load_item(self, i: int, target: bool = True, variant: int = 0) -> dict[str, Any]:
         """Item i, checked and resized, with its further keys as they are; without jpg if `target` is False.
 
         `dataset[i]` is called once, so that the parts belong together even if the data set makes random items.
@@ -252,25 +236,32 @@ class ArrayDataset:
             raise DataError(
                 f"item {i} of the data set: jpg is {a[0]}x{a[1]} but hint is {b[0]}x{b[1]}; same aspect ratio needed"
             )
-        known = dict(txt=str(item["txt"]), hint=resize(hint, self.size, RESAMPLE[self.hint_resample]))
+        framing = self.framing(i, variant, a)
+        framed = (framing.size, framing.position, framing.flipped)
+        known = self.told_sizes(framing) | dict(txt=str(item["txt"]))
+        known["hint"] = resize(hint, framed[0], RESAMPLE[self.hint_resample], *framed[1:])
         if target:
-            known["jpg"] = resize(jpg, self.size, Image.Resampling.LANCZOS).clip(-1, 1)
+            known["jpg"] = resize(jpg, framed[0], Image.Resampling.LANCZOS, *framed[1:]).clip(-1, 1)
         try:
             return further_keys(item, ("jpg", "txt", "hint")) | known
         except DataError as e:
             raise DataError(f"item {i} of the data set: {e}") from e
 
-    def target(self, i: int) -> np.ndarray:
-        return self[i]["jpg"]
+    def native_sizes(self) -> list[Size]:
+        """(width, height) of all targets as they are, for which every item is loaded."""
+        return [np.shape(self.dataset[i]["jpg"])[1::-1] for i in range(len(self))]
 
-    def hint(self, i: int) -> np.ndarray:
-        return self[i]["hint"]
+    def target(self, i: int, variant: int = 0) -> np.ndarray:
+        return self.load_item(i, variant=variant)["jpg"]
+
+    def hint(self, i: int, variant: int = 0) -> np.ndarray:
+        return self.load_item(i, variant=variant)["hint"]
 
     def prompt(self, i: int) -> str:
         return str(self.dataset[i]["txt"])
 
-    def key(self, i: int) -> bytes:
-        return digest(self[i]["jpg"].tobytes(), self.size)
+    def key(self, i: int, variant: int = 0) -> bytes:
+        return digest(self.target(i, variant).tobytes(), self.size_of(i))
 
     @staticmethod
     def _checked(i: int, name: str, value: Any, channels: int, low: float) -> np.ndarray:
@@ -284,45 +275,6 @@ class ArrayDataset:
 
 
 # ------------------------------------------------------------------------------------------------ samples for the loop
-def digest(*parts: Any) -> bytes:
-    """A hash of 16 bytes of `parts`: bytes as they are, anything else by its repr."""
-    h = hashlib.blake2b(digest_size=16)
-    for p in parts:
-        p = p if isinstance(p, bytes) else repr(p).encode()
-        h.update(len(p).to_bytes(8, "little") + p)
-    return h.digest()
-
-
-def derive_seed(*parts: Any) -> int:
-    """A seed of 63 bits that is a function of `parts`; different parts give independent random streams."""
-    return int.from_bytes(digest(*parts)[:8], "little") >> 1
-
-
-@lru_cache(maxsize=2)
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng(derive_seed("order", seed, epoch)).permutation(count)
-
-
-@dataclass(frozen=True)
-class SampleRandomness:
-    """How the random parts of a sample are distributed. `timesteps` is the length of the model's noise schedule; the
-    other fields are the training settings of the same names."""
-
-    timesteps: int = 1000
-    timestep_bias: float = 1.0
-    even_timesteps: bool = False
-    min_timestep: int = 0
-    max_timestep: int = 0  # 0: the last timestep of the schedule
-    drop_prompt: float = 0.0
-    drop_hint: float = 0.0
-    noise_offset: float = 0.0
-
-    def timestep(self, u: float) -> int:
-        """Map u, uniform in [0,1), to a timestep of the allowed range: low + (high - low) * u^bias, rounded down."""
-        low, high = self.min_timestep, self.max_timestep or self.timesteps - 1
-        return min(high, low + int((high - low + 1) * u**self.timestep_bias))
-
-
 @dataclass(eq=False)
 class Samples(torch.utils.data.Dataset):
     """Sample n of a run, where n counts over all steps, ranks and micro-batches.
@@ -330,7 +282,8 @@ class Samples(torch.utils.data.Dataset):
     The item of a sample and everything random about the sample depend on (seed, n) alone, so neither the split into
     batches nor an interruption changes what sample n is. A sample is a dict of CPU tensors: hint (C,H,W), noise and
     posterior_noise (4,h,w), timesteps () int64; then with `encodings` moments (2z,h,w) and context (77,D), without
-    target (3,H,W) and prompt (a string); and the further keys of the item.
+    target (3,H,W) and prompt (a string); and the further keys of the item, with `sizes` (6,), which tells how it is
+    framed. With an `order` items have several sizes, and `latent_shape` is that of items of the data set's `size`.
     """
 
     dataset: FolderDataset | ArrayDataset
@@ -338,32 +291,45 @@ class Samples(torch.utils.data.Dataset):
     seed: int
     latent_shape: tuple[int, int, int]
     randomness: SampleRandomness = SampleRandomness()
-    encodings: Any = None  # training.cache.CachedEncodings: has moments(i) and context(i, prompt)
+    encodings: Any = None  # training.cache.CachedEncodings: has moments(i, variant) and context(i, prompt)
+    order: BucketOrder | None = None
 
     def index(self, n: int) -> int:
         """The number of sample n's item: every epoch goes through all `indices` in an order of its own."""
         epoch, position = divmod(n, len(self.indices))
-        return self.indices[_order(self.seed, epoch, len(self.indices))[position]]
+        order = self.order.epoch(epoch) if self.order else shuffled(self.seed, epoch, len(self.indices))
+        return self.indices[order[position]]
 
-    def item(self, i: int, drop_prompt: bool = False) -> dict[str, Any]:
-        """What samples of item i have in common: all but noise and timesteps. `drop_prompt` takes the empty prompt."""
-        item = self.dataset.load_item(i, target=self.encodings is None)
+    def shape_of(self, i: int) -> tuple[int, int, int]:
+        """The shape of item i's latents."""
+        if not self.order:
+            return self.latent_shape
+        factor = self.dataset.size[0] // self.latent_shape[2]
+        width, height = self.dataset.size_of(i)
+        return self.latent_shape[0], height // factor, width // factor
+
+    def item(self, i: int, drop_prompt: bool = False, variant: int = 0) -> dict[str, Any]:
+        """What samples of item i have in common: all but noise and timesteps. `drop_prompt` takes the empty prompt;
+        `variant`: see `training.buckets.Framings`."""
+        which = {"variant": variant} if variant else {}
+        item = self.dataset.load_item(i, target=self.encodings is None, **which)
         jpg, prompt, hint = item.pop("jpg", None), item.pop("txt"), item.pop("hint")
         prompt = "" if drop_prompt else prompt
         item["hint"] = to_tensor(hint)
         if self.encodings is None:
             return item | {"target": to_tensor(jpg), "prompt": prompt}
-        return item | {"moments": self.encodings.moments(i), "context": self.encodings.context(i, prompt)}
+        return item | {"moments": self.encodings.moments(i, **which), "context": self.encodings.context(i, prompt)}
 
     def __getitem__(self, n: int) -> dict[str, Any]:
         randomness, generator = self.randomness, torch.Generator().manual_seed(derive_seed("sample", self.seed, n))
         u = torch.rand((), generator=generator, dtype=torch.float64).item()
         if randomness.even_timesteps:  # successive samples fill the range evenly: steps of the golden ratio
             u = (derive_seed("timesteps", self.seed) / 2**63 + n * 0.6180339887498949) % 1.0
-        noise, posterior_noise = (torch.randn(self.latent_shape, generator=generator) for _ in range(2))
+        i, variant = self.index(n), derive_seed("variant", self.seed, n) % self.dataset.variants
+        noise, posterior_noise = (torch.randn(self.shape_of(i), generator=generator) for _ in range(2))
         u_prompt, u_hint = torch.rand(2, generator=generator).tolist()
         offset = torch.randn((self.latent_shape[0], 1, 1), generator=generator)
-        sample = self.item(self.index(n), u_prompt < randomness.drop_prompt)
+        sample = self.item(i, u_prompt < randomness.drop_prompt, variant)
         if u_hint < randomness.drop_hint:
             sample["hint"] = torch.zeros_like(sample["hint"])
         noise = noise + randomness.noise_offset * offset
@@ -385,13 +351,23 @@ def batches(
     pin_memory: bool = False,
     rank: int = 0,
     ranks: int = 1,
-) -> Iterator[dict[str, Any]]:
-    """Iterate over samples start..stop-1 in order, collated to batches of `batch_size`.
+    collate: Callable[[list[dict[str, Any]]], Any] = default_collate,
+) -> Iterator[Any]:
+    """Iterate over samples start..stop-1 in order, `batch_size` at a time, put together by `collate`: to a dictionary,
+    or by `group_by_size` to several.
 
     `workers` processes load ahead (0: the main process loads). Each of `ranks` ranks gets every `ranks`-th batch.
     """
     starts = range(start + rank * batch_size, stop, batch_size * ranks)
-    return load(samples, (range(n, n + batch_size) for n in starts), workers, pin_memory=pin_memory)
+    return load(samples, (range(n, n + batch_size) for n in starts), workers, collate, pin_memory)
+
+
+def group_by_size(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put samples together to batches of images of one size, in the order in which the sizes come."""
+    groups: dict[torch.Size, list] = {}
+    for sample in samples:
+        groups.setdefault(sample["hint"].shape, []).append(sample)
+    return [default_collate(group) for group in groups.values()]
 
 
 # --------------------------------------------------------------------------------------------------------------- CLI
@@ -408,16 +384,18 @@ def show(dataset: FolderDataset, number: int, out: str | Path) -> None:
     print(f"saved hint and target side by side as {out}")
 
 
-def check(root: str, **settings: Any) -> tuple[int, list[str]]:
+def check(root: str, size: Size | None = None, buckets: Sequence[Size] = (), **settings: Any) -> tuple[int, list[str]]:
     """The number of rows of the folder `root` that can be parsed, and all problems of all rows, images included.
 
-    `settings`: of FolderDataset. Prints what is no problem but should be known.
+    `settings`: of FolderDataset. Prints what is no problem but should be known when images are brought to `size` (None:
+    that of the first target) or to one of the sizes `buckets`.
     """
     dataset = FolderDataset(root, hint_channels=None, strict=False, **settings)
     bad = verify.find_bad_rows(dataset)
     empty = {i: f"{row.where}: {EMPTY}" for i, row in enumerate(dataset.rows) if row.problem == EMPTY and i not in bad}
     usable = [facts for i, facts in enumerate(dataset.facts) if i not in bad]
-    for line in verify.remarks(dataset, (usable[0][1].width, usable[0][1].height)) if usable else ():
+    size = size or (usable and (usable[0][1].width, usable[0][1].height))
+    for line in verify.remarks(dataset, size, buckets) if usable else ():
         print(f"{root}: {line}")
     problems = bad | empty
     return sum(row.readable for row in dataset.rows), [problems[i] for i in sorted(problems)]
@@ -441,6 +419,10 @@ def main(argv: list[str] | None = None) -> int:
     add = show_parser.add_argument
     add("number", nargs="?", type=int, default=0, help="number of the pair, counted from 0 (default 0)")
     add("--out", default="pair.png", help="picture file for hint and target side by side (default pair.png)")
+    add = check_parser.add_argument
+    add("--resolution", default="", metavar="SIZE", help="report what training at this size, N or WxH, cuts off")
+    add("--buckets", action="store_true", help="report the sizes that train.py --buckets makes of --resolution (512)")
+    add("--multiple", type=int, default=64, metavar="N", help="what the model divides sides by (default 64)")
     args = parser.parse_args(argv)
     if not (args.max_megapixels > 0 and 0 <= args.hint_scale < float("inf")):
         parser.error("--max-megapixels must be above 0, --hint-scale at least 0")
@@ -448,7 +430,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "show":
         show(FolderDataset(args.dir, hint_channels=None, **settings), args.number, args.out)
         return 0
-    rows, problems = check(args.dir, **settings)
+    if args.multiple < 1:
+        parser.error("--multiple must be at least 1")
+    wanted = args.resolution or ("512" if args.buckets else "")
+    size = choose_size(wanted, (0, 0), args.multiple) if wanted else None
+    rows, problems = check(args.dir, size, bucket_sizes(size, args.multiple) if args.buckets else (), **settings)
     for problem in problems:
         print(problem)
     print(f"{args.dir}: {rows} rows, {len(problems)} problem{'s' * (len(problems) != 1)}")

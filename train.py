@@ -31,12 +31,12 @@ from tqdm import tqdm
 
 import data
 from config import DEMO, Config, check_device, parse
-from ldm import ControlLDM, compute_dtype_for, use_tf32
+from ldm import ControlLDM, use_tf32
 from lowvram.estimate import choose_preset, describe_memory, plan, suggest_flags
 from lowvram.process import disable_malloc_trim, peak_memory
 from sampler import alphas_cumprod, q_sample, velocity
 from toy import circles
-from training.cache import VAE_ENCODER, build_cache, fingerprint, prepare_batch, release_encoders
+from training.cache import VAE_ENCODER, fingerprint, prepare_batch
 from training.checkpoints import (
     checkpoint_on_error,
     read_state,
@@ -47,12 +47,12 @@ from training.checkpoints import (
 from training.console import protect_output
 from training.distributed import Ranks
 from training.interruption import Interruption
+from training.preparation import build_samples, open_dataset
 from training.records import Metrics, read_metrics
 from training.run_folder import RunFolder
 from training.setup import Trainer, build_trainer, update_ema, zero_grad
 from training.summary import print_summary, report
 from training.validation import Validation
-from training.verify import remarks, verified
 from weights import CheckpointError, ModelSource, load_model
 from weights.runs import list_checkpoints, load_state, newest_checkpoint, run_of
 
@@ -104,7 +104,7 @@ def learning_rate(config: Config, step: int, highest: float | None = None) -> fl
 # ---------------------------------------------------------------------------------------------------------- the loop
 def training_loop(
     trainer: Trainer,
-    loader: Iterator[dict[str, Any]],
+    loader: Iterator[dict[str, Any] | list[dict[str, Any]]],
     loss_fn: Callable[..., Tensor],
     ranks: Ranks,
     validation: Validation | None,
@@ -113,8 +113,9 @@ def training_loop(
 ) -> int:
     """Make all steps from `trainer.step` to `config.steps`. Returns the last step that was saved.
 
-    loader: batches as dictionaries; loss_fn(model, batch) -> (B,); validation: on rank 0 alone; save: writes a
-    checkpoint and says whether it could; interruption: a signal stops the loop after a checkpoint.
+    loader: micro-batches, each a batch as a dictionary, or several of them with images of different sizes;
+    loss_fn(model, batch) -> (B,); validation: on rank 0 alone; save: writes a checkpoint and says whether it could;
+    interruption: a signal stops the loop after a checkpoint.
     """
     config, model, optimizer, scaler = trainer.config, trainer.model, trainer.optimizer, trainer.scaler
     home, health = trainer.home, trainer.health
@@ -130,18 +131,20 @@ def training_loop(
             loss = torch.zeros((), device=config.device)
             for i in range(config.accumulate_grad_batches):
                 try:
-                    samples = next(loader)
+                    micro_batch = next(loader)
                 except Exception as e:  # a file is gone, a worker died: end in order, on all ranks
                     error = e
                 if stopping := ranks.any(interruption.requested or error is not None):
                     break
-                batch = prepare_batch(model, samples, config.device, config.encode_batch_size)
-                micro_loss = loss_fn(model, batch).sum() / config.batch
-                last = i + 1 == config.accumulate_grad_batches
-                # gradients are final after the last micro-batch, unless the ranks have yet to sum them
-                with home.offload_grads(last=last and ranks.count == 1):
-                    scaler.scale(micro_loss.to(home.device)).backward()
-                loss += micro_loss.detach()
+                parts = micro_batch if isinstance(micro_batch, list) else [micro_batch]
+                for k, samples in enumerate(parts, 1):  # one part, unless images have several sizes
+                    batch = prepare_batch(model, samples, config.device, config.encode_batch_size)
+                    part_loss = loss_fn(model, batch).sum() / config.batch
+                    last = i + 1 == config.accumulate_grad_batches and k == len(parts)
+                    # gradients are final after the last part, unless the ranks have yet to sum them
+                    with home.offload_grads(last=last and ranks.count == 1):
+                        scaler.scale(part_loss.to(home.device)).backward()
+                    loss += part_loss.detach()
             if stopping:
                 zero_grad(trainer)
                 break
@@ -221,7 +224,7 @@ def train(
     """
     check_device(config.device)
     ranks, device_flag = Ranks(config.device), config.device
-    if dataset is not None and len(dataset) and not config.resolution:
+    if dataset is not None and len(dataset) and not (config.resolution or config.buckets):
         height, width = np.shape(dataset[0]["jpg"])[:2]
         config = dataclasses.replace(config, resolution=f"{width}x{height}")
     config = choose_preset(dataclasses.replace(config, device=ranks.device), ranks)
@@ -247,7 +250,7 @@ def train(
         trainer.rows = rows
         if folder:
             restore_state(trainer, folder, state)
-        loss_fn = torch.compile(diffusion_loss, dynamic=False) if config.compile else diffusion_loss
+        loss_fn = torch.compile(diffusion_loss, dynamic=config.buckets) if config.compile else diffusion_loss
         validation = None
         if ranks.main:
             run_folder.prepare(anew=not folder)
@@ -257,7 +260,7 @@ def train(
         end = trainer.samples + (config.steps - trainer.step) * config.batch
         loader = data.batches(
             samples, trainer.samples, end, config.batch_size, config.workers, "cuda" in config.device, ranks.rank,
-            ranks.count,
+            ranks.count, data.group_by_size,
         )  # fmt: skip
         weighted_loss = functools.partial(loss_fn, min_snr_gamma=config.min_snr_gamma, huber=config.huber)
         save = functools.partial(save_checkpoint, run_folder, trainer, origin)
@@ -310,22 +313,6 @@ def schedule_length(config: Config, folder: Path | None) -> int:
     return length
 
 
-def open_dataset(config: Config, dataset: Sequence | None, run: Path) -> data.FolderDataset | Sequence:
-    """The data set of the caller, or the folder `config.data` with every file verified. DataError for a folder with bad
-    rows, unless they are to be skipped."""
-    if dataset is not None:
-        return dataset
-    if not config.data:
-        raise data.DataError(f"{run} was trained on a data set of your own: train.train(config, dataset, resume=run)")
-    folder = data.FolderDataset(
-        config.data, None, config.hint_channels, config.hint_resample, False, config.hint_ground, config.hint_scale,
-        config.follow_links, config.max_megapixels,
-    )  # fmt: skip
-    folder = verified(folder, config.cache_dir, config.skip_bad_rows)
-    config.hint_ground = folder.hint_ground  # a resumed run, and drawing, keep to what was chosen
-    return folder
-
-
 def set_process_options(config: Config) -> None:
     """Switch determinism, tf32 and the behaviour of malloc for the whole process."""
     if config.deterministic:
@@ -343,46 +330,6 @@ def model_source(config: Config, resume: Path | None) -> ModelSource:
         vae=config.vae, ema=config.ema, use_run_ema=False, prediction=config.prediction, clip_skip=config.clip_skip,
         zero_terminal_snr=config.zero_terminal_snr, attach=True, hint_channels=config.hint_channels, seed=config.seed,
     )  # fmt: skip
-
-
-def build_samples(
-    config: Config, model: ControlLDM, dataset: data.FolderDataset | Sequence[dict[str, Any]]
-) -> tuple[data.Samples, list[int], Tensor]:
-    """The samples of the run, the validation items, and the context (77,D) of the empty prompt.
-
-    Chooses the size of the images and writes it to `config.resolution`, holds out the validation items, and fills the
-    cache. VAE and text encoder leave the GPU when the cache is filled.
-    """
-    from_files = isinstance(dataset, data.FolderDataset)
-    native = dataset.sizes(0)[1] if from_files else np.shape(dataset[0]["jpg"])[1::-1]
-    size = data.choose_size(config.resolution, native, model.config.multiple)
-    if size != native:
-        print(f"images are resized from {native[0]}x{native[1]} to {size[0]}x{size[1]}")
-    config.resolution = f"{size[0]}x{size[1]}"
-    if from_files:
-        dataset.size = size
-        for line in remarks(dataset, size):
-            print(line)
-    else:
-        dataset = data.ArrayDataset(dataset, size, config.hint_channels, config.hint_resample)
-    count = len(dataset)
-    if count < 2:
-        raise data.DataError("the data set has 1 item; it takes 2 to measure whether a hint makes a difference")
-    held_out = max(2, min(config.validation, count // 10))
-    train_items = range(count - held_out) if count > 2 * held_out else range(count)  # a handful: train on all of them
-    for encoder in (model.vae, model.text):
-        encoder.to(config.device, compute_dtype_for(config.precision, config.device))
-    encodings = None
-    with torch.no_grad():
-        uncond = model.encode_prompts("")[0].float().cpu()
-        if config.cache:
-            encodings = build_cache(model, dataset, config.cache_dir, config.encode_batch_size)
-            release_encoders(model)
-    latent_shape = (model.config.unet.in_channels, size[1] // model.vae.factor, size[0] // model.vae.factor)
-    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(data.SampleRandomness)[1:]}
-    randomness = data.SampleRandomness(model.config.timesteps, **settings)
-    samples = data.Samples(dataset, train_items, config.seed, latent_shape, randomness, encodings)
-    return samples, list(range(count - held_out, count)), uncond
 
 
 @contextlib.contextmanager

@@ -118,6 +118,7 @@ def fake_batch(config: Config, model_config: ModelConfig, size: tuple[int, int])
         "noise": torch.empty(b, z, latent_h, latent_w),
         "posterior_noise": torch.empty(b, z, latent_h, latent_w),
         "context": torch.empty(b, 77, model_config.text.width),
+        "sizes": torch.empty(b, 6),
     }
     if config.cache:
         return batch | {"moments": torch.empty(b, 2 * z, latent_h, latent_w)}
@@ -293,18 +294,21 @@ def fastest_preset(
 
 
 def model_and_size(config: Config) -> tuple[ModelConfig, tuple[int, int]]:
-    """The model that `config.base` is, a file or a name in MODELS, and the (width, height) of its training images."""
+    """The model that `config.base` is, a file or a name in MODELS, and the (width, height) of its training images: with
+    buckets of the largest, which takes most."""
     if config.base in MODELS and not Path(config.base).exists():
         model_config = MODELS[config.base]
     else:
         model_config = read_model(ModelSource(config.base, prediction=config.prediction))[1]
     if config.resolution:
         wanted = data.parse_resolution(config.resolution)
-    elif config.data and Path(config.data).exists():
+    elif config.data and Path(config.data).exists() and not config.buckets:
         wanted = data.FolderDataset(config.data, None, config.hint_channels, config.hint_resample).sizes(0)[1]
     else:
         wanted = (model_config.resolution, model_config.resolution)
-    return model_config, data.fit_size(wanted, model_config.multiple)
+    size = data.fit_size(wanted, model_config.multiple)
+    buckets = data.bucket_sizes(size, model_config.multiple) if config.buckets else [size]
+    return model_config, max(buckets, key=lambda bucket: (bucket[0] * bucket[1], bucket == size))
 
 
 def gpu_memory(device: str) -> int:
@@ -367,7 +371,8 @@ def plan(config: Config, vram: float | None = None, rate: float | None = None) -
     peaks = peaks or predict(config, model_config, size)
     step, images = peaks["training"], config.batch
     lines = [
-        f"{model_config.name} at {size[0]}x{size[1]}, batch {config.batch_size} x {config.accumulate_grad_batches}, "
+        f"{model_config.name} at {'most ' if config.buckets else ''}{size[0]}x{size[1]}, "
+        f"batch {config.batch_size} x {config.accumulate_grad_batches}, "
         f"--memory {preset}: {describe_memory(config)}",
         f"GPU memory, training  {step.total / GIB:6.2f} GiB predicted; at its peak:",
     ]
@@ -428,9 +433,11 @@ def cpu_memory(config: Config, model_config: ModelConfig) -> int:
 
 
 def cache_size(config: Config, model_config: ModelConfig, size: tuple[int, int]) -> tuple[int, int]:
-    """Bytes on disk of the latents and of the contexts of the data set, at most: equal images are cached once."""
+    """Bytes on disk of the latents and of the contexts of the data set, at most: equal images are cached once, and few
+    are as large as `size` if there are buckets."""
     dataset = data.FolderDataset(config.data, size, config.hint_channels, config.hint_resample)
     moments = size[0] * size[1] // model_config.vae_factor**2 * 2 * model_config.vae.z_channels
     prompts = len({dataset.prompt(i) for i in range(len(dataset))} | {""})
     width = PRECISIONS[config.precision].itemsize
-    return len(dataset) * moments * width, prompts * 77 * model_config.text.width * width
+    variants = config.crops * (2 if config.flip else 1)
+    return len(dataset) * variants * moments * width, prompts * 77 * model_config.text.width * width

@@ -6,7 +6,8 @@ model. A row is found by a key of everything that it depends on (the encoder's w
 prompt): a changed input is encoded again, never silently reused, and runs share the rows that they have in common. The
 cache holds the moments of the VAE's posterior, not a sample: the posterior is sampled anew at every training step.
 
-    data/.cache/latents-WEIGHTS/512x512.{bin,keys,sums,lock}      WEIGHTS: the fingerprint of the encoder's weights
+    data/.cache/latents-WEIGHTS/512x512.{bin,keys,sums,lock}      WEIGHTS: the fingerprint of the encoder's weights;
+                                                                  a file for each size (`training/buckets.py`)
     data/.cache/contexts-WEIGHTS/prompts.{bin,keys,sums,lock}
 
 The last bits of a latent can depend on how many images are encoded at once: see `encoding_batch`.
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 from data import ArrayDataset, DataError, FolderDataset, digest, to_tensor
 from ldm import ControlLDM
+from training.images import Size
 from training.locks import locked
 from training.verify import Memory
 
@@ -77,12 +79,7 @@ class RowCache:
             self._read_index()  # another run may have filled some rows meanwhile
             wanted = self._not_intact(wanted, name)
             new = sum(key not in self.index for key in wanted)
-            need, free = new * self.row_bytes, shutil.disk_usage(self.folder).free
-            if need > free:
-                raise DataError(
-                    f"{self.folder}: the cache of {name} needs {need / 2**30:.1f} GiB, the disk has "
-                    f"{free / 2**30:.1f}; point --cache-dir elsewhere, or train with --no-cache"
-                )
+            check_room(self.folder, new * self.row_bytes, name)
             if new < len(wanted):
                 print(f"{self.rows_file}: {len(wanted) - new} rows are damaged (another checksum) and computed anew")
             try:
@@ -160,6 +157,16 @@ class RowCache:
         return bytearray(content)
 
 
+def check_room(folder: Path, need: int, name: str) -> None:
+    """DataError unless the disk of `folder` has room for `need` bytes more."""
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise DataError(
+            f"{folder}: the cache of {name} needs {need / 2**30:.1f} GiB, the disk has {free / 2**30:.1f}; point "
+            "--cache-dir elsewhere, or train with --no-cache"
+        )
+
+
 START_AGAIN = "the next start (--resume RUN) computes it anew"
 
 
@@ -186,13 +193,15 @@ VAE_ENCODER = ("encoder.", "quant_conv.")  # key prefixes of the VAE's weights t
 class CachedEncodings:
     """The cached moments and contexts of one data set; `i` counts its items."""
 
-    latents: RowCache
-    keys: list[bytes]  # of the items' targets
+    latents: dict[Size, RowCache]  # by the size of the images
+    keys: list[bytes]  # of the items' targets, all variants of an item after each other
     contexts: RowCache
+    sizes: list[Size]  # of the items' images
+    variants: int = 1
 
-    def moments(self, i: int) -> Tensor:
+    def moments(self, i: int, variant: int = 0) -> Tensor:
         """Mean and log-variance of target i's latents: (2z,h,w), unscaled."""
-        return self.latents[self.keys[i]]
+        return self.latents[self.sizes[i]][self.keys[i * self.variants + variant]]
 
     def context(self, i: int, prompt: str) -> Tensor:
         """Context (77,D) of `prompt`, which is item i's or empty. DataError if item i had another prompt before."""
@@ -235,43 +244,65 @@ def build_cache(
 
     Raises DataError if the data set gives other items each time or the disk has too little room.
     """
-    cache_dir, vae, text = Path(cache_dir), model.vae, model.text
-    weight, (width, height) = vae.quant_conv.weight, dataset.size
+    cache_dir, text, variants = Path(cache_dir), model.text, dataset.variants
     keys = target_keys(dataset, cache_dir)
     prompts = [dataset.prompt(i) for i in range(len(dataset))]
-    if any((dataset.key(i), dataset.prompt(i)) != (keys[i], prompts[i]) for i in range(min(8, len(keys)))):
+    first = keys[: 8 * variants : variants]
+    if any((dataset.key(i), dataset.prompt(i)) != (key, prompts[i]) for i, key in enumerate(first)):
         raise DataError("the data set gives another item each time it is asked for one: use --no-cache (cache=False)")
-    most, least, suffix = encoding_batch(weight.device, batch_size)
-
-    def encode_targets(positions: list[int]) -> Tensor:
-        images = [to_tensor(dataset.target(i)) for i in positions]
-        images += images[-1:] * (least - len(images))
-        return vae.moments(torch.stack(images).to(weight.device, weight.dtype))[: len(positions)]
-
-    shape = (2 * model.config.vae.z_channels, height // vae.factor, width // vae.factor)
-    folder = cache_dir / f"latents-{fingerprint(vae, VAE_ENCODER)}"
-    latents = RowCache(folder, f"{width}x{height}{suffix}", shape, weight.dtype)
-    latents.fill(keys, encode_targets, most, "latents")
+    folder = cache_dir / f"latents-{fingerprint(model.vae, VAE_ENCODER)}"
+    latents = cache_latents(model, dataset, folder, batch_size, keys)
+    weight = model.vae.quant_conv.weight
     unique = list(dict.fromkeys(["", *prompts]))  # the empty prompt takes the place of dropped ones
     folder = cache_dir / f"contexts-{fingerprint(text)}"
     contexts = RowCache(folder, "prompts", (77, model.config.text.width), weight.dtype)
     encode_prompts = lambda positions: model.encode_prompts([unique[i] for i in positions])
     contexts.fill([digest(prompt) for prompt in unique], encode_prompts, 64, "prompts")
-    return CachedEncodings(latents, keys, contexts)
+    return CachedEncodings(latents, keys, contexts, [dataset.size_of(i) for i in range(len(dataset))], variants)
+
+
+def cache_latents(
+    model: ControlLDM, dataset: FolderDataset | ArrayDataset, folder: Path, batch_size: int, keys: list[bytes]
+) -> dict[Size, RowCache]:
+    """The caches of the moments of all targets, by the size of the images. keys: those of `target_keys`."""
+    vae, weight, variants = model.vae, model.vae.quant_conv.weight, dataset.variants
+    most, least, suffix = encoding_batch(weight.device, batch_size)
+    positions: dict[Size, list[int]] = {}  # in `keys`
+    for position in range(len(keys)):
+        positions.setdefault(dataset.size_of(position // variants), []).append(position)
+
+    def encode_targets(some: list[int]) -> Tensor:
+        each = [divmod(position, variants) for position in some]
+        images = [to_tensor(dataset.target(i, *([variant] if variant else []))) for i, variant in each]
+        images += images[-1:] * (least - len(images))
+        return vae.moments(torch.stack(images).to(weight.device, weight.dtype))[: len(some)]
+
+    latents, need = {}, 0
+    for (width, height), of_size in positions.items():
+        shape = (2 * model.config.vae.z_channels, height // vae.factor, width // vae.factor)
+        rows = latents[width, height] = RowCache(folder, f"{width}x{height}{suffix}", shape, weight.dtype)
+        need += len({keys[p] for p in of_size} - rows.index.keys()) * rows.row_bytes
+    check_room(folder, need, "latents")
+    for size, of_size in positions.items():
+        compute = lambda some, of_size=of_size: encode_targets([of_size[k] for k in some])
+        latents[size].fill([keys[p] for p in of_size], compute, most, "latents")
+    return latents
 
 
 def target_keys(dataset: FolderDataset | ArrayDataset, cache_dir: Path) -> list[bytes]:
-    """`dataset.key(i)` of all items. For files whose content the verification knows, the keys are remembered beside it,
-    so that a second start reads no target."""
+    """`dataset.key(i)` of all items, and of each variant of them. For files whose content the verification knows, the
+    keys are remembered beside it, so that a second start reads no target."""
     memory = Memory(cache_dir / "verified.jsonl")
     keys = []
     for i in tqdm(range(len(dataset)), desc="reading targets", unit="image", disable=None, leave=False):
         content = dataset.contents(i)[1] if getattr(dataset, "facts", None) else ""
-        name = f"key {content} {dataset.size}"
-        known = memory.get(name) if content else None
-        keys.append(bytes.fromhex(known) if known else dataset.key(i))
-        if content:
-            memory.add(name, keys[-1].hex())
+        for variant in range(dataset.variants):
+            deviation = dataset.framing(i, variant).deviation if content else ()
+            name = f"key {content} {dataset.size_of(i)}{f' {deviation}' if deviation else ''}"
+            known = memory.get(name) if content else None
+            keys.append(bytes.fromhex(known) if known else dataset.key(i, variant) if variant else dataset.key(i))
+            if content:
+                memory.add(name, keys[-1].hex())
     memory.flush()
     return keys
 

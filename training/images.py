@@ -355,14 +355,69 @@ def fraction_cut(native: Size, size: Size) -> float:
     return 1 - size[0] * scale * size[1] * scale / (native[0] * native[1])
 
 
-def resize(array: np.ndarray, size: Size, resample: Image.Resampling) -> np.ndarray:
-    """Scale (H,W,C) to cover `size` (width, height) and cut out the middle: (height,width,C) of the same dtype."""
-    height, width = array.shape[:2]
-    if (width, height) == tuple(size):
-        return array
-    scale = min(width / size[0], height / size[1])  # source pixels per target pixel
-    w, h = size[0] * scale, size[1] * scale
-    box = ((width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2)
+@dataclass(frozen=True)
+class Framing:
+    """What is done to an image before training: it is scaled to cover `size`, cut, and perhaps mirrored.
+
+    native: (width, height) of the image as it was; size: (width, height) of what becomes of it. Scaled to cover `size`,
+    the image is too long on one side at most: `position` says what is kept there, from 0 (the left or upper end) over
+    0.5 (the middle) to 1. flipped: left and right are exchanged afterwards.
+    """
+
+    native: Size
+    size: Size
+    position: float = 0.5
+    flipped: bool = False
+
+    @property
+    def scale(self) -> float:
+        """How many pixels of the image as it was become one pixel."""
+        return min(self.native[0] / self.size[0], self.native[1] / self.size[1])
+
+    @property
+    def excess(self) -> tuple[float, float]:
+        """How many pixels of width and of height are cut off the scaled image."""
+        return tuple(max(0.0, n / self.scale - s) for n, s in zip(self.native, self.size, strict=True))
+
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of what is kept, in pixels of the image as it was."""
+        starts, ends = [], []
+        for native, size in zip(self.native, self.size, strict=True):
+            kept, before = size * self.scale, self.position
+            starts.append(max(0.0, native * before - kept * before))  # rounding would put it outside of the image
+            ends.append(min(float(native), native * before + kept * (1 - before)))
+        return *starts, *ends
+
+    @property
+    def deviation(self) -> tuple[object, ...]:
+        """What is not as usual, for keys of what is computed from the image; empty: in the middle and not flipped."""
+        return (self.position, self.flipped) if (self.position, self.flipped) != (0.5, False) else ()
+
+    @property
+    def numbers(self) -> tuple[int, int, int, int, int, int]:
+        """What SDXL is told of an image (Podell et al. 2023, arXiv:2307.01952, 2.2): height and width as it was, pixels
+        that were cut at the top and at the left after scaling, height and width as it is.
+
+        In a flipped image the pixels that are missing at the left are those that were cut at the right.
+        """
+        (wide, high), before = self.excess, self.position
+        left = wide * (1 - before if self.flipped else before)
+        return *self.native[::-1], round(high * before), round(left), *self.size[::-1]
+
+
+def resize(
+    array: np.ndarray, size: Size, resample: Image.Resampling, position: float = 0.5, flipped: bool = False
+) -> np.ndarray:
+    """Scale (H,W,C) to cover `size` (width, height), cut and flip as in `Framing`: (height,width,C), same dtype."""
+    framing = Framing(array.shape[1::-1], tuple(size), position, flipped)
+    if framing.native != framing.size:
+        array = _resample(array, framing, resample)
+    return array[:, ::-1] if flipped else array
+
+
+def _resample(array: np.ndarray, framing: Framing, resample: Image.Resampling) -> np.ndarray:
+    size, box = framing.size, framing.box
     if array.dtype == np.uint8 and array.shape[2] in (3, 4):
         return np.asarray(Image.fromarray(array).resize(size, resample, box=box))
     planes = np.ascontiguousarray(array.transpose(2, 0, 1))

@@ -43,18 +43,19 @@ def hint_image(hint: Tensor) -> np.ndarray:
 def save_grid(path: str | Path, columns: dict[str, Sequence[np.ndarray]], captions: Sequence[str] = ()) -> None:
     """Save a table of pictures as the image file `path`.
 
-    `columns`: label -> pictures (H,W,3) uint8, one a row, all of one size. `captions`: the text under each row, broken
-    to the width of the table. The file is written whole or not at all.
+    `columns`: label -> pictures (H,W,3) uint8, one a row; the table has room for the largest. `captions`: the text
+    under each row, broken to the width of the table. The file is written whole or not at all.
     """
     rows = max(len(images) for images in columns.values())
-    height, width = next(iter(columns.values()))[0].shape[:2]
+    heights = [max(images[row].shape[0] for images in columns.values() if row < len(images)) for row in range(rows)]
+    width = max(image.shape[1] for images in columns.values() for image in images)
     font = ImageFont.load_default(size=max(11, min(22, max(width, 96) // 10)))
     column = max(width, 96, *(math.ceil(font.getlength(label)) for label in columns))  # labels get the room they need
     line, gap = font.size + 5, 6
     sheet_width = len(columns) * (column + gap) + gap
     wrapped = [_wrap(caption, font, sheet_width - 2 * gap) for caption in captions] or [[]] * rows
     wrapped += [[]] * (rows - len(wrapped))
-    sheet_height = 2 * gap + line + sum(height + gap + line * len(lines) for lines in wrapped)
+    sheet_height = 2 * gap + line + sum(heights) + sum(gap + line * len(lines) for lines in wrapped)
     sheet = Image.new("RGB", (sheet_width, sheet_height), PAPER)
     draw = ImageDraw.Draw(sheet)
     for c, label in enumerate(columns):
@@ -64,7 +65,7 @@ def save_grid(path: str | Path, columns: dict[str, Sequence[np.ndarray]], captio
         for c, images in enumerate(columns.values()):
             if row < len(images):
                 sheet.paste(Image.fromarray(images[row]), (gap + c * (column + gap), y))
-        y += height
+        y += heights[row] if row < rows else 0
         for text in lines:
             draw.text((gap, y + 1), text, INK, font)
             y += line

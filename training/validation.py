@@ -10,7 +10,7 @@ use held-out items, fixed noise and fixed timesteps, so that successive measurem
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,12 @@ class Validation:
         self.loss_fn, self.run_folder, self.metrics = loss_fn, run_folder, metrics
         self.last_gain = ""  # for the progress bar
         self.converged = sudden_convergence(*metrics.series("control_gain")) is not None
+        self.groups = group_positions([samples.shape_of(i) for i in items])  # images of one size, by position in items
         self.batches = self._fixed_batches()
 
     def _fixed_batches(self) -> list[dict[str, Any]]:
-        """All items, repeated until there are at least 16 samples, at timesteps spread evenly over the schedule."""
+        """All items, repeated until there are at least 16 samples, at timesteps spread evenly over the schedule. Images
+        of different sizes lie in batches of their own, which follow each other."""
         config, model_config = self.trainer.config, self.trainer.model.config
         items = [self.samples.item(i) for i in self.items]
         rounds = max(1, math.ceil(16 / len(items)))
@@ -58,12 +60,23 @@ class Validation:
         generator = torch.Generator().manual_seed(data.derive_seed("validation", config.seed))
         batches = []
         for r in range(rounds):
-            numbers = torch.arange(r * len(items), (r + 1) * len(items))
-            noise, posterior_noise = torch.randn((2, len(items), *self.samples.latent_shape), generator=generator)
-            timesteps = ((numbers + 0.5) * model_config.timesteps / count).long()
-            fixed = {"timesteps": timesteps, "noise": noise, "posterior_noise": posterior_noise}
-            batches.append(torch.utils.data.default_collate(items) | fixed)
+            for positions in self.groups:
+                shape = (2, len(positions), *self.samples.shape_of(self.items[positions[0]]))
+                noise, posterior_noise = torch.randn(shape, generator=generator)
+                numbers = r * len(items) + torch.tensor(positions)
+                timesteps = ((numbers + 0.5) * model_config.timesteps / count).long()
+                fixed = {"timesteps": timesteps, "noise": noise, "posterior_noise": posterior_noise}
+                batch = torch.utils.data.default_collate([items[k] for k in positions]) | fixed
+                if len(positions) == 1:  # no other sample has this size: the hint of the next one is brought to it
+                    batch["other_hint"] = self._resized_hint(items[(positions[0] + 1) % len(items)], batch["hint"])
+                batches.append(batch)
         return batches
+
+    def _resized_hint(self, item: dict[str, Any], hint: Tensor) -> Tensor:
+        """The hint of `item`, scaled and cut to the size of `hint` (1,C,H,W)."""
+        array = item["hint"].numpy().transpose(1, 2, 0)
+        resample = data.RESAMPLE[self.trainer.config.hint_resample]
+        return data.to_tensor(data.resize(array, tuple(hint.shape[:1:-1]), resample))[None]
 
     def record(self, step: int, **values: float) -> None:
         """Write what was measured at `step` to the metrics."""
@@ -102,7 +115,8 @@ class Validation:
         config, sums = self.trainer.config, [0.0, 0.0]
         for fixed in self.batches:
             batch = prepare_batch(self.trainer.model, fixed, config.device, config.encode_batch_size)
-            for k, hint in enumerate((batch["hint"], batch["hint"].roll(1, dims=0))):
+            other_hint = batch.pop("other_hint", batch["hint"].roll(1, dims=0))
+            for k, hint in enumerate((batch["hint"], other_hint)):
                 hinted = batch | {"hint": hint}
                 for i in range(0, len(hint), config.batch_size):
                     part = {name: values[i : i + config.batch_size] for name, values in hinted.items()}
@@ -112,33 +126,52 @@ class Validation:
 
     @torch.no_grad()
     def draw(self, path: Path) -> None:
-        """Save a grid with a row for each item: control, prediction, ground truth, reconstruction, prompt."""
+        """Save a grid with a row for each item: control, prediction, ground truth, reconstruction, prompt. Items whose
+        images have one size stand together."""
         config, model, dataset = self.trainer.config, self.trainer.model, self.samples.dataset
-        shown = self.items[: config.log_images]
-        fixed = {name: values[: len(shown)] for name, values in self.batches[0].items()}
-        batch = prepare_batch(model, fixed, config.device, config.encode_batch_size)
-        latents, hint, context = (batch[name] for name in ("latents", "hint", "context"))
-        size = tuple(side * model.vae.factor for side in latents.shape[:1:-1])
-        settings = Sampling(config.log_steps, scale=config.guidance or None, seed=config.seed)
-        drawn = []
-        for i in range(0, len(shown), config.batch_size):
-            part = slice(i, i + config.batch_size)
-            negative = self.uncond.to(context).expand_as(context[part])
-            controls = [Control(model.control_model, hint[part])]
-            drawn.append(sample(model, context[part], negative, controls, size, settings, first=i))
+        shown, batches, drawn = [], [], []
+        for positions, whole in zip(self.groups, self.batches, strict=False):  # the first round
+            items = [self.items[k] for k in positions if k < config.log_images]
+            if items:
+                fixed = {name: values[: len(items)] for name, values in whole.items()}
+                batches.append(prepare_batch(model, fixed, config.device, config.encode_batch_size))
+                drawn += self._sample(batches[-1], first=len(shown))
+                shown += items
         resting_device = model.vae.post_quant_conv.weight.device  # after caching the VAE's decoder is on the CPU
         for part in model.vae.decoding:
             part.to(config.device)
-        decode = lambda z: to_uint8(torch.cat([model.decode(one) for one in z.split(1)]))
+        decode = lambda latents: [to_uint8(model.decode(z))[0] for some in latents for z in some.split(1)]
         save_grid(
             path,
             {
-                "control": [hint_image(h) for h in hint],
-                "prediction": decode(torch.cat(drawn)),
+                "control": [hint_image(h) for batch in batches for h in batch["hint"]],
+                "prediction": decode(drawn),
                 "ground truth": [to_uint8(data.to_tensor(dataset.target(i))[None])[0] for i in shown],
-                "reconstruction": decode(latents),
+                "reconstruction": decode(batch["latents"] for batch in batches),
             },
             [dataset.prompt(i) for i in shown],
         )
         for part in model.vae.decoding:
             part.to(resting_device)
+
+    def _sample(self, batch: dict[str, Tensor], first: int) -> list[Tensor]:
+        """Draw with the hints of a batch, `batch_size` at a time: latents. `first`: the number of the first image."""
+        config, model = self.trainer.config, self.trainer.model
+        hint, context = batch["hint"], batch["context"]
+        size = tuple(side * model.vae.factor for side in batch["latents"].shape[:1:-1])
+        settings = Sampling(config.log_steps, scale=config.guidance or None, seed=config.seed)
+        drawn = []
+        for i in range(0, len(hint), config.batch_size):
+            part = slice(i, i + config.batch_size)
+            negative = self.uncond.to(context).expand_as(context[part])
+            controls = [Control(model.control_model, hint[part])]
+            drawn.append(sample(model, context[part], negative, controls, size, settings, first=first + i))
+        return drawn
+
+
+def group_positions(shapes: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    """The positions of equal `shapes`, one list for each shape, in the order in which they come."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for position, shape in enumerate(shapes):
+        groups.setdefault(tuple(shape), []).append(position)
+    return list(groups.values())

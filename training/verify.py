@@ -15,7 +15,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ import PIL
 from tqdm import tqdm
 
 from clip_text import MAX_TOKENS, Tokenizer
+from training.buckets import describe_buckets
 from training.images import (
     DataError,
     Reading,
@@ -276,8 +277,9 @@ def verified(dataset: Any, cache_dir: str | Path, skip_bad_rows: bool) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------ what one should know
-def remarks(dataset: Any, size: Size) -> list[str]:
-    """Lines about a data set after `find_bad_rows`, for images of `size`: nothing is wrong, but may not be meant."""
+def remarks(dataset: Any, size: Size, buckets: Sequence[Size] = ()) -> list[str]:
+    """Lines about a data set after `find_bad_rows`, for images of `size`, or of the sizes `buckets` if there are any:
+    nothing is wrong, but may not be meant."""
     if not dataset.facts:  # a folder that was not verified
         return []
     rows = [
@@ -297,7 +299,12 @@ def remarks(dataset: Any, size: Size) -> list[str]:
         lines.append(f"{count} of {len(rows)} targets are transparent in places: laid on white")
     if not dataset.hint_scale:
         lines += _about_ranges(hints)
-    return lines + _about_aspects(rows, size) + _about_prompts([row for row, *_ in rows])
+    if buckets and rows:
+        natives = [(target.width, target.height) for *_, target in rows]
+        lines += describe_buckets(natives, buckets, [row.where for row, *_ in rows])
+    else:
+        lines += _about_aspects(rows, size)
+    return lines + _about_hint_sizes(rows) + _about_prompts([row for row, *_ in rows])
 
 
 def _about_ranges(hints: list[tuple[Row, FileFacts]]) -> list[str]:
@@ -329,6 +336,18 @@ def _about_aspects(rows: list[tuple[Row, FileFacts, FileFacts]], size: Size) -> 
     return [
         f"{len(cut)} of {len(rows)} rows have another aspect ratio than {size[0]}x{size[1]}: {most:.0%} of the image "
         f"is cut off at most ({row.where}), {sum(part for part, _ in cut) / len(cut):.0%} on average"
+    ]
+
+
+def _about_hint_sizes(rows: list[tuple[Row, FileFacts, FileFacts]]) -> list[str]:
+    """Hints that are larger or smaller than their targets."""
+    other = [(row, a, b) for row, a, b in rows if (a.width, a.height) != (b.width, b.height)]
+    if not other:
+        return []
+    row, hint, target = other[0]
+    return [
+        f"{len(other)} of {len(rows)} hints have another size than their target and are resized to it; the first: "
+        f"{row.where}, {hint.width}x{hint.height} for {target.width}x{target.height}"
     ]
 
 

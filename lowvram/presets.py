@@ -1,0 +1,53 @@
+"""Which settings make a run fit a small GPU? The presets of `--memory`, from the fastest to the leanest.
+
+A preset gives a value to every setting about memory that is not given one by one (`config.Config`, where such a setting
+is None). `lowvram/estimate.py` predicts what a preset takes and chooses one.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": dict(
+        precision="fp32", gradient_checkpointing=False, trained_weights="fp32", optimizer_bits=32,
+        optimizer_on_cpu=False, stream=False, encode_batch_size=8,
+    ),
+    "8gb": dict(
+        precision="bf16", gradient_checkpointing=True, trained_weights="fp32", optimizer_bits=8,
+        optimizer_on_cpu=False, stream=False, encode_batch_size=2,
+    ),
+    "6gb": dict(
+        precision="bf16", gradient_checkpointing=True, trained_weights="bf16", optimizer_bits=8,
+        optimizer_on_cpu=False, stream=False, encode_batch_size=1,
+    ),
+    "4gb": dict(
+        precision="bf16", gradient_checkpointing=True, trained_weights="bf16", optimizer_bits=32,
+        optimizer_on_cpu=True, stream=True, encode_batch_size=1,
+    ),
+}  # fmt: skip
+
+
+def resolve(config: Any, preset: str) -> Any:
+    """`config` (a `config.Config`) with every setting that is None filled in from `preset`, as far as it agrees with
+    those that are given.
+
+    GPUs that do not know bf16 compute in fp16; trained weights can then be fp16 where the optimizer is on the CPU.
+    """
+    filled = {k: v for k, v in PRESETS[preset].items() if getattr(config, k) is None}
+    gpu = "cuda" in config.device and torch.cuda.is_available()
+    if filled.get("precision") == "bf16" and gpu and not torch.cuda.is_bf16_supported(False):
+        filled["precision"] = "fp16"
+    whole = dataclasses.replace(config, **filled, memory=preset)
+    if "trained_weights" in filled and whole.trained_weights not in allowed_weight_dtypes(whole.precision):
+        half = whole.precision == "fp16" and whole.optimizer_on_cpu
+        whole.trained_weights = "fp16" if half else "fp32"
+    if "stream" in filled and (config.compile or not whole.gradient_checkpointing):
+        whole.stream = False
+    return whole
+
+
+def allowed_weight_dtypes(precision: str) -> tuple[str, ...]:
+    """The number formats that trained weights can have when a step is computed in `precision`."""
+    return ("fp32", "fp16") if precision == "fp16" else ("fp32", "bf16")

@@ -1,0 +1,111 @@
+"""From a data set to the samples of a run: what happens once, before the first step.
+
+    open_dataset      every file is decoded once, so that no bad one ends the run later (`training/verify.py`)
+    frame_items       the size of the images is chosen, or the bucket of each (`training/buckets.py`)
+    build_samples     items are held out for validation, the others put in order; latents and contexts are cached
+
+What is chosen here (resolution, ground of the hints, length of groups) is written to the run's settings, so that a
+resumed run keeps to it.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import data
+from config import Config
+from ldm import ControlLDM, ModelConfig, compute_dtype_for
+from training.buckets import Framings, assign_buckets, bucket_sizes, describe_buckets
+from training.cache import build_cache, release_encoders
+from training.order import BucketOrder
+from training.verify import remarks, verified
+
+
+def open_dataset(config: Config, dataset: Sequence | None, run: Path) -> data.FolderDataset | Sequence:
+    """The data set of the caller, or the folder `config.data` with every file verified. DataError for a folder with bad
+    rows, unless they are to be skipped."""
+    if dataset is not None:
+        return dataset
+    if not config.data:
+        raise data.DataError(f"{run} was trained on a data set of your own: train.train(config, dataset, resume=run)")
+    folder = data.FolderDataset(
+        config.data, None, config.hint_channels, config.hint_resample, False, config.hint_ground, config.hint_scale,
+        config.follow_links, config.max_megapixels,
+    )  # fmt: skip
+    folder = verified(folder, config.cache_dir, config.skip_bad_rows)
+    config.hint_ground = folder.hint_ground  # a resumed run, and drawing, keep to what was chosen
+    return folder
+
+
+def frame_items(
+    config: Config, model_config: ModelConfig, dataset: data.FolderDataset | Sequence[dict[str, Any]]
+) -> data.FolderDataset | data.ArrayDataset:
+    """The data set with the size of its images chosen, or with `config.buckets` the size of each image, and told.
+
+    Writes the size to `config.resolution`; buckets have about the area of this size.
+    """
+    from_files = isinstance(dataset, data.FolderDataset)
+    native = dataset.sizes(0)[1] if from_files else np.shape(dataset[0]["jpg"])[1::-1]
+    wanted = config.resolution or (str(model_config.resolution) if config.buckets else "")
+    size = data.choose_size(wanted, native, model_config.multiple)
+    config.resolution = f"{size[0]}x{size[1]}"
+    buckets = bucket_sizes(size, model_config.multiple) if config.buckets else []
+    if size != native and not buckets:
+        print(f"images are resized from {native[0]}x{native[1]} to {size[0]}x{size[1]}")
+    if from_files:
+        dataset.size = size
+        lines = remarks(dataset, size, buckets)
+    else:
+        dataset = data.ArrayDataset(dataset, size, config.hint_channels, config.hint_resample)
+        lines = []
+    natives = dataset.native_sizes() if from_files or buckets else []
+    if buckets and not lines:
+        lines = describe_buckets(natives, buckets, [f"item {i}" for i in range(len(natives))])
+    for line in lines:
+        print(line)
+    dataset.framings = Framings(
+        buckets or [size], assign_buckets(natives, buckets) if buckets else None,
+        np.array(natives, dtype=np.int32) if from_files else None, config.crops, config.flip,
+    )  # fmt: skip
+    if dataset.variants > 1:
+        kept = ", each of which is cached" if config.cache else ""
+        print(f"an image has up to {dataset.variants} variants, by --crops and --flip{kept}")
+    return dataset
+
+
+def build_samples(
+    config: Config, model: ControlLDM, dataset: data.FolderDataset | Sequence[dict[str, Any]]
+) -> tuple[data.Samples, list[int], Tensor]:
+    """The samples of the run, the validation items, and the context (77,D) of the empty prompt.
+
+    Chooses the size of the images (`frame_items`), holds out the validation items, and fills the cache. VAE and text
+    encoder leave the GPU when the cache is filled.
+    """
+    dataset = frame_items(config, model.config, dataset)
+    count, (width, height) = len(dataset), dataset.size
+    if count < 2:
+        raise data.DataError("the data set has 1 item; it takes 2 to measure whether a hint makes a difference")
+    held_out = max(2, min(config.validation, count // 10))
+    train_items = range(count - held_out) if count > 2 * held_out else range(count)  # a handful: train on all of them
+    order = None
+    if config.buckets:
+        config.bucket_batch = config.bucket_batch or config.batch  # a resumed run keeps to it
+        order = BucketOrder(config.seed, dataset.framings.bucket[: len(train_items)], config.bucket_batch)
+    for encoder in (model.vae, model.text):
+        encoder.to(config.device, compute_dtype_for(config.precision, config.device))
+    encodings = None
+    with torch.no_grad():
+        uncond = model.encode_prompts("")[0].float().cpu()
+        if config.cache:
+            encodings = build_cache(model, dataset, config.cache_dir, config.encode_batch_size)
+            release_encoders(model)
+    latent_shape = (model.config.unet.in_channels, height // model.vae.factor, width // model.vae.factor)
+    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(data.SampleRandomness)[1:]}
+    randomness = data.SampleRandomness(model.config.timesteps, **settings)
+    samples = data.Samples(dataset, train_items, config.seed, latent_shape, randomness, encodings, order)
+    return samples, list(range(count - held_out, count)), uncond
