@@ -68,6 +68,11 @@ class ModelConfig:
         return 2 ** (len(self.vae.ch_mult) - 1)
 
     @property
+    def pooled(self) -> int:
+        """The width of the vector that the text encoders give for a whole prompt; 0 where the model has none."""
+        return self.text2.projection if self.text2 else 0
+
+    @property
     def multiple(self) -> int:
         """The number that must divide the sides of an image, in pixels: 64 for Stable Diffusion, 32 for SDXL (which was
         trained on multiples of 64)."""

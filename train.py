@@ -66,16 +66,18 @@ def diffusion_loss(
     """The loss of each sample, (B,) float32: the mean squared error of the steered UNet's prediction.
 
     `batch`: latents (B,4,h,w), scaled; context (B,77,D); hint (B,C,8h,8w) in [0,1]; timesteps (B,) int64; noise
-    (B,4,h,w). The target is the noise, or the velocity for v models. Nothing of the locked encoder requires a gradient,
-    so it leaves no graph; of the locked decoder autograd keeps what the gradient of the residuals needs.
+    (B,4,h,w); for SDXL y (B,2816). The target is the noise, or the velocity for v models. Nothing of the locked encoder
+    requires a gradient, so it leaves no graph; of the locked decoder autograd keeps what the gradient of the residuals
+    needs.
     `min_snr_gamma`: weigh timesteps as Hang et al. 2023 (arXiv:2303.09556); 0: all alike. `huber`: from this error on
     the loss grows linearly; 0: squared everywhere. (It is twice Huber's loss: equal to the square for small errors.)
     """
     latents, noise, timesteps, context = (batch[name] for name in ("latents", "noise", "timesteps", "context"))
     alphas = alphas_cumprod(model.config, latents.device)[timesteps]  # (B,)
     x_t = q_sample(latents, noise, alphas)
-    residuals = model.control_model(x_t, batch["hint"], timesteps, context)
-    predicted = model.unet(x_t, timesteps, context, control=residuals).float()
+    y = batch.get("y")
+    residuals = model.control_model(x_t, batch["hint"], timesteps, context, y=y)
+    predicted = model.unet(x_t, timesteps, context, control=residuals, y=y).float()
     predicts_v = model.config.prediction == "v"
     target = (velocity(latents, noise, alphas) if predicts_v else noise).float()
     if huber:

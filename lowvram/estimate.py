@@ -117,7 +117,8 @@ def fake_batch(config: Config, model_config: ModelConfig, size: tuple[int, int])
         "timesteps": torch.zeros(b, dtype=torch.int64),
         "noise": torch.empty(b, z, latent_h, latent_w),
         "posterior_noise": torch.empty(b, z, latent_h, latent_w),
-        "context": torch.empty(b, 77, model_config.text.width),
+        "context": torch.empty(b, 77, model_config.unet.context_dim),
+        "pooled": torch.empty(b, model_config.pooled),
         "sizes": torch.empty(b, 6),
     }
     if config.cache:
@@ -129,7 +130,7 @@ def backward(trainer: Trainer, batch: dict[str, Tensor], last: bool = True) -> N
     """The forward and backward pass of a micro-batch, the `last` of its step, as far as memory and arithmetic go."""
     config, model = trainer.config, trainer.model
     batch = prepare_batch(model, batch, config.device, config.encode_batch_size)
-    eps = model.predict(batch["latents"], batch["timesteps"], batch["context"], batch["hint"])
+    eps = model.predict(batch["latents"], batch["timesteps"], batch["context"], batch["hint"], batch.get("y"))
     loss = F.mse_loss(eps.float(), batch["noise"])
     with trainer.home.offload_grads(last):
         trainer.scaler.scale(loss.to(trainer.home.device)).backward()
@@ -440,4 +441,6 @@ def cache_size(config: Config, model_config: ModelConfig, size: tuple[int, int])
     prompts = len({dataset.prompt(i) for i in range(len(dataset))} | {""})
     width = PRECISIONS[config.precision].itemsize
     variants = config.crops * (2 if config.flip else 1)
-    return len(dataset) * variants * moments * width, prompts * 77 * model_config.text.width * width
+    return len(dataset) * variants * moments * width, prompts * (
+        77 * model_config.unet.context_dim + model_config.pooled
+    ) * width

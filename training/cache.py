@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from data import ArrayDataset, DataError, FolderDataset, digest, to_tensor
 from ldm import ControlLDM
+from precision import NotFiniteError
 from training.images import Size
 from training.locks import locked
 from training.verify import Memory
@@ -198,17 +199,27 @@ class CachedEncodings:
     contexts: RowCache
     sizes: list[Size]  # of the items' images
     variants: int = 1
+    pooled: int = 0  # numbers at the end of a row of `contexts` that are the pooled vector
 
     def moments(self, i: int, variant: int = 0) -> Tensor:
         """Mean and log-variance of target i's latents: (2z,h,w), unscaled."""
         return self.latents[self.sizes[i]][self.keys[i * self.variants + variant]]
 
     def context(self, i: int, prompt: str) -> Tensor:
-        """Context (77,D) of `prompt`, which is item i's or empty. DataError if item i had another prompt before."""
+        """The context (77,D) of `text`."""
+        return self.text(i, prompt)["context"]
+
+    def text(self, i: int, prompt: str) -> dict[str, Tensor]:
+        """What the text encoders make of `prompt`, which is item i's or empty: context (77,D), and for SDXL pooled
+        (P,). DataError if item i had another prompt before."""
         key = digest(prompt)
         if key not in self.contexts.index:
             raise DataError(f"item {i} of the data set has another prompt each time: use --no-cache (cache=False)")
-        return self.contexts[key]
+        row = self.contexts[key]
+        if row.ndim == 2:
+            return {"context": row}
+        context, pooled = row.split([len(row) - self.pooled, self.pooled])
+        return {"context": context.view(77, -1), "pooled": pooled}
 
 
 def fingerprint(module: nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:
@@ -252,13 +263,19 @@ def build_cache(
         raise DataError("the data set gives another item each time it is asked for one: use --no-cache (cache=False)")
     folder = cache_dir / f"latents-{fingerprint(model.vae, VAE_ENCODER)}"
     latents = cache_latents(model, dataset, folder, batch_size, keys)
-    weight = model.vae.quant_conv.weight
     unique = list(dict.fromkeys(["", *prompts]))  # the empty prompt takes the place of dropped ones
-    folder = cache_dir / f"contexts-{fingerprint(text)}"
-    contexts = RowCache(folder, "prompts", (77, model.config.text.width), weight.dtype)
-    encode_prompts = lambda positions: model.encode_prompts([unique[i] for i in positions])
+
+    def encode_prompts(positions: list[int]) -> Tensor:
+        context, pooled = model.encode_text([unique[i] for i in positions])
+        return context if pooled is None else torch.cat([context.flatten(1), pooled], dim=1)
+
+    width, pooled = model.config.unet.context_dim, model.config.pooled
+    shape = (77 * width + pooled,) if pooled else (77, width)
+    dtype = next(text.parameters()).dtype
+    contexts = RowCache(cache_dir / f"contexts-{fingerprint(text)}", "prompts", shape, dtype)
     contexts.fill([digest(prompt) for prompt in unique], encode_prompts, 64, "prompts")
-    return CachedEncodings(latents, keys, contexts, [dataset.size_of(i) for i in range(len(dataset))], variants)
+    sizes = [dataset.size_of(i) for i in range(len(dataset))]
+    return CachedEncodings(latents, keys, contexts, sizes, variants, pooled)
 
 
 def cache_latents(
@@ -275,7 +292,10 @@ def cache_latents(
         each = [divmod(position, variants) for position in some]
         images = [to_tensor(dataset.target(i, *([variant] if variant else []))) for i, variant in each]
         images += images[-1:] * (least - len(images))
-        return vae.moments(torch.stack(images).to(weight.device, weight.dtype))[: len(some)]
+        try:
+            return model.encode_images(torch.stack(images))[: len(some)]
+        except NotFiniteError as e:
+            raise DataError(f"targets {', '.join(str(i) for i, _ in each)} of the data set: {e}") from e
 
     latents, need = {}, 0
     for (width, height), of_size in positions.items():
@@ -323,8 +343,9 @@ def prepare_batch(model: ControlLDM, batch: dict[str, Any], device: str, encode_
     """Turn a batch of samples (`data.Samples`) into the batch that the loss takes, on `device`.
 
     latents (B,4,h,w), scaled, sampled from the posterior with the batch's posterior_noise; context (B,77,D); hint
-    (B,C,H,W); timesteps (B,); noise (B,4,h,w); and every further tensor of the batch. Moments and contexts come from
-    the batch if it has them; otherwise targets (`encode_batch_size` at a time) and prompts are encoded here.
+    (B,C,H,W); timesteps (B,); noise (B,4,h,w); for SDXL y (B,2816), from pooled and sizes; every further tensor of the
+    batch. Moments and contexts come from the batch if it has them; otherwise targets (`encode_batch_size` at a time)
+    and prompts are encoded here.
     """
     tensors = {
         name: value.to(device, torch.float32 if value.dtype == torch.float64 else value.dtype, non_blocking=True)
@@ -334,9 +355,11 @@ def prepare_batch(model: ControlLDM, batch: dict[str, Any], device: str, encode_
     if "moments" in tensors:
         moments = tensors.pop("moments")
     else:
-        images = tensors.pop("target").to(model.vae.quant_conv.weight.dtype)
-        moments = torch.cat([model.vae.moments(few) for few in images.split(encode_batch_size)])
+        moments = torch.cat([model.encode_images(few) for few in tensors.pop("target").split(encode_batch_size)])
     if "context" not in tensors:
-        tensors["context"] = model.encode_prompts(batch["prompt"])
+        tensors["context"], tensors["pooled"] = model.encode_text(batch["prompt"])
+    y = model.make_y(tensors.pop("pooled", None), tensors.get("sizes"))
+    if y is not None:
+        tensors["y"] = y
     tensors["latents"] = model.sample_latents(moments.float(), tensors.pop("posterior_noise"))
     return tensors

@@ -24,7 +24,8 @@ EMPTY = "the prompt is empty"
 FIELDS = ("source", "target", "prompt")
 # Names of what a row and a sample hold (see `data.Samples`): a further key of a row cannot take one of them.
 RESERVED = {
-    *FIELDS, "jpg", "txt", "hint", "sizes", "moments", "latents", "context", "noise", "posterior_noise", "timesteps",
+    *FIELDS, "jpg", "txt", "hint", "sizes", "moments", "latents", "context", "pooled", "y", "noise", "posterior_noise",
+    "timesteps",
 }  # fmt: skip
 MAX_LIST_BYTES = 1 << 32
 BYTE_ORDER_MARKS = {  # the longer ones first: that of UTF-32 begins with that of UTF-16

@@ -80,8 +80,8 @@ def frame_items(
 
 def build_samples(
     config: Config, model: ControlLDM, dataset: data.FolderDataset | Sequence[dict[str, Any]]
-) -> tuple[data.Samples, list[int], Tensor]:
-    """The samples of the run, the validation items, and the context (77,D) of the empty prompt.
+) -> tuple[data.Samples, list[int], tuple[Tensor, Tensor | None]]:
+    """The samples of the run, the validation items, and context (1,77,D) and pooled (1,P) of an empty negative prompt.
 
     Chooses the size of the images (`frame_items`), holds out the validation items, and fills the cache. VAE and text
     encoder leave the GPU when the cache is filled.
@@ -96,11 +96,14 @@ def build_samples(
     if config.buckets:
         config.bucket_batch = config.bucket_batch or config.batch  # a resumed run keeps to it
         order = BucketOrder(config.seed, dataset.framings.bucket[: len(train_items)], config.bucket_batch)
-    for encoder in (model.vae, model.text):
-        encoder.to(config.device, compute_dtype_for(config.precision, config.device))
+    dtype = compute_dtype_for(config.precision, config.device)
+    model.text.to(config.device, dtype)
+    model.vae.to(config.device, model.config.vae_dtype(dtype))
+    if model.config.vae_dtype(dtype) != dtype:
+        print("the VAE computes in fp32: its activations can pass the largest number of fp16")
     encodings = None
     with torch.no_grad():
-        uncond = model.encode_prompts("")[0].float().cpu()
+        uncond = model.encode_negative("")
         if config.cache:
             encodings = build_cache(model, dataset, config.cache_dir, config.encode_batch_size)
             release_encoders(model)

@@ -29,7 +29,8 @@ from training.setup import Trainer, ema_weights
 class Validation:
     """Measures and draws every `logger_freq` steps (0: never), with the moving average of the weights if there is one.
 
-    items: the held-out items of the data set; uncond (77,D): the context of the empty prompt; loss_fn(model, batch) ->
+    items: the held-out items of the data set; uncond: context (1,77,D) and pooled (1,P) or None of an empty
+    negative prompt; loss_fn(model, batch) ->
     (B,). Measurements go to `metrics` and `curves.png` of the run's folder, images to its `image_log/`.
     """
 
@@ -38,7 +39,7 @@ class Validation:
         trainer: Trainer,
         samples: data.Samples,
         items: list[int],
-        uncond: Tensor,
+        uncond: tuple[Tensor, Tensor | None],
         loss_fn: Callable[..., Tensor],
         run_folder: RunFolder,
         metrics: Metrics,
@@ -163,9 +164,15 @@ class Validation:
         drawn = []
         for i in range(0, len(hint), config.batch_size):
             part = slice(i, i + config.batch_size)
-            negative = self.uncond.to(context).expand_as(context[part])
+            count = len(hint[part])
+            negative, pooled = (None if x is None else x.to(context).expand(count, *x.shape[1:]) for x in self.uncond)
+            y = (
+                {"y": batch["y"][part], "negative_y": model.make_y(pooled, batch["sizes"][part])}
+                if "y" in batch
+                else {}
+            )
             controls = [Control(model.control_model, hint[part])]
-            drawn.append(sample(model, context[part], negative, controls, size, settings, first=first + i))
+            drawn.append(sample(model, context[part], negative, controls, size, settings, first=first + i, **y))
         return drawn
 
 

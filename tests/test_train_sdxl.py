@@ -1,0 +1,108 @@
+"""Training on SDXL: two contexts, a pooled vector and the sizes reach the loss, cached or not, stopped or not."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+
+import data
+import train
+from config import Config
+from ldm import TINY, ControlLDM
+from tests.test_train import equal, losses, weights
+from training.cache import build_cache, prepare_batch
+from training.records import read_metrics
+from weights import load_model, load_state_dict
+from weights.writing import save_safetensors
+
+SMALL = dataclasses.replace(
+    TINY,
+    name="tiny-sdxl",
+    unet=dataclasses.replace(
+        TINY.unet, model_channels=16, channel_mult=(1, 2, 2), attention_resolutions=(2, 4), transformer_depth=(0, 1, 2),
+        num_head_channels=8, context_dim=64 + 48, adm_in_channels=32 + 6 * 256, use_linear_in_transformer=True,
+    ),
+    text=dataclasses.replace(TINY.text, penultimate=True, final_norm=False),
+    text2=dataclasses.replace(
+        TINY.text, width=48, heads=3, mlp_width=96, layers=2, activation="gelu", penultimate=True, final_norm=False,
+        projection=32,
+    ),
+    zero_empty_negative=True,
+    vae_fp16_safe=False,
+    prediction="eps",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory):
+    """A file with a tiny SDXL of random weights."""
+    path = tmp_path_factory.mktemp("base") / "tiny_xl.safetensors"
+    torch.manual_seed(0)
+    model = ControlLDM(SMALL, hint_channels=None)
+    for p in model.unet.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.05)
+    save_safetensors(path, model.state_dict(), {"config": SMALL.to_json()})
+    return path
+
+
+@pytest.fixture
+def config(sdxl, folder, tmp_path) -> Config:
+    return Config(
+        base=str(sdxl), data=str(folder), out=str(tmp_path / "run"), steps=4, batch_size=4, learning_rate=1e-3,
+        cache_dir=str(tmp_path / "cache"), logger_freq=0, device="cpu", workers=0, log_steps=2, drop_prompt=0.3,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [{"cache": False}, {"workers": 1}, {"precision": "fp16", "cache": False}])
+def test_cached_equals_computed(config, change, tmp_path):
+    plain = dataclasses.replace(config, **{k: v for k, v in change.items() if k == "precision"})
+    a = train.train(dataclasses.replace(plain, out=str(tmp_path / "a")))
+    b = train.train(dataclasses.replace(config, **change, out=str(tmp_path / "b")))
+    assert losses(a) == pytest.approx(losses(b), rel=1e-3 if "precision" in change else 1e-5)
+
+
+@pytest.mark.parametrize("change", [{"memory": "4gb"}, {"memory": "6gb", "ema_decay": 0.9, "only_mid_control": True}])
+def test_resumed_equals_never_stopped(config, change, tmp_path):
+    config = dataclasses.replace(config, **change, logger_freq=2, checkpoint_freq=2, keep_checkpoints=0)
+    whole, stopped = train.train(config), tmp_path / "stopped"
+    shutil.copytree(whole, stopped)
+    shutil.rmtree(stopped / "checkpoints" / "step-000004")
+    train.train(train.parse(["--resume", str(stopped)]).config, resume=stopped)
+    assert equal(weights(whole), weights(stopped))
+    assert (whole / "image_log" / "step-000004.png").exists()
+    strip = lambda run: [{k: v for k, v in e.items() if k != "images_per_second"} for e in read_metrics(run)]
+    assert strip(whole) == strip(stopped)
+
+
+def test_prompts_sizes_and_their_drop_reach_y(config, sdxl, folder):
+    model, dataset = load_model(sdxl), data.FolderDataset(folder, (32, 32))
+    from training.preparation import build_samples
+
+    samples, items, (negative, pooled) = build_samples(dataclasses.replace(config, cache=False), model, dataset)
+    assert not negative.any() and not pooled.any() and negative.shape == (1, 77, 112) and pooled.shape == (1, 32)
+    batch = torch.utils.data.default_collate([samples[n] for n in range(4)])
+    prepared = prepare_batch(model, batch, "cpu", 2)
+    context, pooled = model.encode_text(batch["prompt"])
+    assert "" in batch["prompt"] and torch.equal(prepared["context"], context)
+    assert torch.equal(prepared["y"], model.make_y(pooled, torch.tensor([[32, 32, 0, 0, 32, 32.0]] * 4)))
+    moved = prepare_batch(model, batch | {"sizes": batch["sizes"] + 1}, "cpu", 2)
+    prepared |= {"timesteps": torch.tensor([10, 300, 600, 900])}
+    assert not torch.equal(*(train.diffusion_loss(model, prepared | {"y": b["y"]}) for b in (prepared, moved)))
+
+
+def test_the_label_embedding_trains_and_is_saved(config):
+    run = train.train(config)
+    trained, base = weights(run), load_state_dict(config.base)
+    key = "label_emb.0.0.weight"
+    assert not torch.equal(trained[f"control_model.{key}"], base[f"model.diffusion_model.{key}"])
+    model = load_model(run)
+    assert torch.equal(model.control_model.state_dict()[key], trained[f"control_model.{key}"])
+
+
+def test_latents_that_overflow_are_refused(config, sdxl, folder, monkeypatch):
+    model, dataset = load_model(sdxl), data.FolderDataset(folder, (32, 32))
+    model.vae.quant_conv.bias.data[0] = torch.inf
+    with pytest.raises(data.DataError, match="targets 0, .*not finite"):
+        build_cache(model, dataset, config.cache_dir, 4)
