@@ -90,7 +90,7 @@ def _drawn(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _steepest(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """dx, dy and |dx| + |dy| of the channel in which that sum is largest: three arrays (H,W) int16."""
+    """dx, dy and |dx| + |dy| of the channel in which that sum is largest: three arrays (H,W)."""
     dx, dy = gradient(image[..., 0])
     steepness = abs(dx) + abs(dy)
     for channel in range(1, image.shape[2]):
@@ -103,12 +103,12 @@ def _steepest(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def gradient(plane: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sobel's filters on (H,W): the change to the right, dx, and downwards, dy, (H,W) int16; of uint8 -1020 to 1020.
+    """Sobel's filters on (H,W): the change to the right, dx, and downwards, dy, (H,W), for uint8 int16 within +-1020.
 
     Each is the difference of two neighbours two pixels apart, summed over three rows or columns with the weights 1, 2,
     1. Beyond its border the image goes on with the border's pixels.
     """
-    p = np.pad(plane.astype(np.int16), 1, mode="edge")
+    p = np.pad(plane.astype(np.result_type(plane, np.int16)), 1, mode="edge")
     rows = p[:-2] + 2 * p[1:-1] + p[2:]
     columns = p[:, :-2] + 2 * p[:, 1:-1] + p[:, 2:]
     return rows[:, 2:] - rows[:, :-2], columns[2:] - columns[:-2]
@@ -121,7 +121,7 @@ def _across_edge(dx: np.ndarray, dy: np.ndarray, stride: int) -> tuple[np.ndarra
     There are four directions, each 45 degrees wide: |dy| is compared with tan(22.5) |dx| and with tan(67.5) |dx|, which
     is (tan(22.5) + 2) |dx|. On a diagonal a maximum is steeper than both of its neighbours.
     """
-    dx, dy = dx.astype(np.int32), dy.astype(np.int32)
+    dx, dy = dx.astype(np.int64), dy.astype(np.int64)
     x, y = abs(dx) * TAN_22, abs(dy) << 15
     along_row, along_column = y < x, y > x + (abs(dx) << 16)
     rising = (dx ^ dy) < 0  # opposite signs: to the upper right or the lower left
@@ -178,9 +178,9 @@ def scribble(
     drawn with a round pen of `width`. `low` and `high` are Canny's thresholds, for the blurred brightness.
     """
     height, columns = image.shape[:2]
-    # In whole shades a slope this gentle would be a staircase, and lines would break: eighths of shades are kept.
-    eighths = (8 * gaussian(gray(image)[..., 0], radius)).round().astype(np.int16)
-    pixels = edge_pixels(eighths[..., None], 8 * low, 8 * high)
+    # In whole shades a slope this gentle would be a staircase, and lines would break: parts of shades are kept.
+    blurred = (256 * gaussian(gray(image)[..., 0], radius)).round().astype(np.int32)
+    pixels = edge_pixels(blurred[..., None], 256 * low, 256 * high)
     label = connected(pixels, columns + 2)
     pixels = pixels[np.bincount(label, minlength=1)[label] >= length]
     return _with_pen(_drawn(pixels, height, columns)[..., 0], width)[..., None]
