@@ -64,11 +64,11 @@ def test_canny_draws_a_step_as_one_line_of_one_pixel(turns):
 
 def test_canny_keeps_faint_edges_that_are_connected_to_clear_ones():
     fading = np.zeros((31, 16), np.uint8)
-    fading[:, 8:] = 60 - np.arange(31)[:, None]  # gradients of 240, 236, ... 120
-    assert (annotators.canny(fading, 100, 200)[:, 7, 0] == 255).all()
+    fading[:, 8:] = 60 - np.arange(31)[:, None]  # gradients of 4 * 60, 4 * 59, ... 4 * 30 across, and 8 downwards
+    assert (annotators.canny(fading, 100, 200)[:, 8, 0] == 255).all()
     assert not annotators.canny(step(0, 40), 100, 200).any()
-    only_clear = annotators.canny(fading, 202, 203)[:, 7, 0]  # above 202 are the first ten, up to 60 - 9 = 51
-    assert only_clear[:9].all() and not only_clear[11:].any()
+    only_clear = annotators.canny(fading, 202, 203)[:, 8, 0]  # above 202 are the first 11: 4 * 50 + 8
+    assert only_clear[:11].all() and not only_clear[11:].any()
     assert annotators.canny(step(0, 51), 100, 203).any() and not annotators.canny(step(0, 51), 100, 204).any()
 
 

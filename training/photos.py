@@ -48,6 +48,7 @@ from training.loading import load
 from training.locks import take_lock
 from training.verify import Memory
 
+HOW = ("captions", "names")  # where prompts come from; anything else is the prompt
 CAPTIONS = (".txt", ".caption")
 SETTINGS, MADE, LOCK = "hints.json", "made.jsonl", ".lock"
 FOLLOW = "--follow-links follows it"
@@ -117,7 +118,8 @@ def find_photos(root: Path, follow_links: bool = False) -> Found:
     """
     names, problems, others, seen = [], [], Counter(), set()
     real_root = os.path.realpath(root)
-    for folder, folders, files in os.walk(root, followlinks=follow_links):
+    unreadable = lambda e: problems.append(f"{one_line(e.filename)}: {e.strerror}")
+    for folder, folders, files in os.walk(root, onerror=unreadable, followlinks=follow_links):
         if (real := os.path.realpath(folder)) in seen:  # a link that leads back
             folders.clear()
             continue
@@ -276,7 +278,12 @@ def make_dataset(
     if found.others:
         kinds = ", ".join(f"{ending or 'no ending'} {count}" for ending, count in found.others.most_common(5))
         print(f"{root}: files that are no photos that can be read are left out: {kinds}")
+    if not found.names:
+        none = f"{root}: no photos in it (files with the endings of pictures, .jpg or .png for example)"
+        raise DataError(found.problems[0] if found.problems else none)
     texts, without_prompt = _prompts(root, found.names, prompts)
+    if prompts not in HOW:
+        print(f"the prompt of all photos: {one_line(prompts)}")
     with _owned(root, out, recipe):
         made = _make_all(_Work(root, list(texts), out, recipe), workers)
         bad = [one.problem for one in made.values() if one.problem]
@@ -301,8 +308,6 @@ def _prompts(root: Path, names: list[str], prompts: str) -> tuple[dict[str, str]
             texts[name] = prompt_for(root / name, prompts)
         except DataError as e:
             problems.append(str(e))
-    if not names:
-        raise DataError(f"{root}: no photos in it (files with the endings of pictures, .jpg or .png for example)")
     if not texts:
         others = "--prompts names takes file names, --prompts TEXT one text for all"
         raise DataError(f"none of {len(names)} photos has a prompt, the first: {problems[0]}; {others}")
@@ -370,15 +375,16 @@ def _owned(root: Path, out: Path, recipe: Recipe) -> Iterator[None]:
     lock = take_lock(out / LOCK)
     if lock is None:
         raise DataError(f"{out}: another process makes hints in this folder")
-    try:
-        check_settings(out, recipe, str(real_root))
-        for pattern in (".*.partial*", "source/**/.*.partial*", "target/**/.*.partial*"):
-            for leftover in out.glob(pattern):  # of a process that was killed
-                leftover.unlink(missing_ok=True)
-        yield
-    finally:
-        lock.close()
-        (out / LOCK).unlink(missing_ok=True)
+    with lock:
+        try:
+            check_settings(out, recipe, str(real_root))
+            for pattern in (".*.partial*", "source/**/.*.partial*", "target/**/.*.partial*"):
+                for leftover in out.glob(pattern):  # of a process that was killed
+                    leftover.unlink(missing_ok=True)
+            yield
+        finally:
+            with contextlib.suppress(PermissionError):  # Windows cannot remove an open file; it stays, unlocked
+                (out / LOCK).unlink(missing_ok=True)
 
 
 def check_settings(out: Path, recipe: Recipe, photos: str) -> None:
