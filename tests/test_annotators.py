@@ -48,7 +48,7 @@ def test_canny_is_opencvs_on_images_of_any_size_and_contrast():
         shape = (*random.integers(1, 24, 2), *[(), (1,), (3,)][number % 3])
         shades, contrast = random.choice([2, 3, 256]), random.integers(1, 128)
         image = (random.integers(0, shades, shape) * (1 if shades == 256 else contrast)).astype(np.uint8)
-        low, high = (int(value) for value in random.integers(0, 1200, 2))
+        low, high = (int(value) for value in random.integers(-60, 1200, 2))
         edges = annotators.canny(image, low, high)[..., 0]
         assert np.array_equal(edges, cv2.Canny(image, low, high)), (number, shape, low, high)
 
@@ -134,6 +134,7 @@ def test_scribble_draws_long_lines_thick_and_leaves_out_short_ones():
     hint = annotators.scribble(image, width=7, radius=2.0, length=50)[..., 0]
     assert (hint[:, 36:43] == 255).all() and not hint[:, :36].any() and not hint[:, 43:].any()
     assert annotators.scribble(image, width=7, radius=2.0, length=5)[:30, :20].any()
+    assert annotators.scribble(image, radius=2.0, length=96).any()
     assert not annotators.scribble(image, radius=2.0, length=97).any()
     assert not annotators.scribble(np.full((40, 40), 9, np.uint8)).any()
 
