@@ -13,9 +13,10 @@ from PIL import Image
 
 import data
 from data import FolderDataset
+from tests.test_images import png
 from training import photos
 from training.annotators import annotate, complete
-from training.images import DataError, read_image
+from training.images import DataError, is_plain, read_image
 from training.locks import take_lock
 from training.photos import Recipe, make_dataset, prompt_for, scaled_size
 
@@ -112,6 +113,21 @@ def test_plain_photos_are_copied_byte_by_byte_and_others_become_png(album, tmp_p
         else:
             assert row["target"] == f"target/{name}.png" and Image.open(target).format == "PNG"
             assert Image.open(target).mode == "RGB" and not Image.open(target).getexif()
+
+
+def test_what_other_programs_may_read_otherwise_is_not_plain(tmp_path):
+    image, file = Image.fromarray(pixels(0)), tmp_path / "a.png"
+
+    def plain(content: bytes = b"", name: str = "a.png", **settings) -> bool:
+        file.write_bytes(content) if content else image.save(file, **settings)
+        return is_plain(Path(name), file.read_bytes())
+
+    assert plain() and plain(format="JPEG", name="A.JPEG") and plain(png(2, 8, [bytes(24)]))
+    assert not plain(format="JPEG") and not plain(name="a.jpg") and not plain(format="WEBP", name="a.webp")
+    assert not plain(transparency=(1, 2, 3)) and not plain(png(2, 8, [bytes(24)], transparent=bytes(6)))
+    assert not plain(png(2, 16, [bytes(48)])) and not plain(png(0, 16, [bytes(16)]))
+    with pytest.raises(DataError, match="a.png: not a readable image"):
+        plain(b"nothing")
 
 
 @pytest.mark.parametrize("kind", ["sobel", "scribble", "gray", "blur", "downscale", "color-grid"])
@@ -245,7 +261,7 @@ def test_a_full_disk_ends_the_work_and_costs_nothing_that_is_done(album, tmp_pat
 
     def full(path, write):
         written.append(path)
-        if len(written) > 12:
+        if len(written) == 13:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         real(path, write)
 

@@ -48,7 +48,7 @@ from training.loading import load
 from training.locks import take_lock
 from training.verify import Memory
 
-HOW = ("captions", "names")  # where prompts come from; anything else is the prompt
+PROMPT_SOURCES = ("captions", "names")  # where prompts come from; anything else is the prompt
 CAPTIONS = (".txt", ".caption")
 SETTINGS, MADE, LOCK = "hints.json", "made.jsonl", ".lock"
 FOLLOW = "--follow-links follows it"
@@ -282,7 +282,7 @@ def make_dataset(
         none = f"{root}: no photos in it (files with the endings of pictures, .jpg or .png for example)"
         raise DataError(found.problems[0] if found.problems else none)
     texts, without_prompt = _prompts(root, found.names, prompts)
-    if prompts not in HOW:
+    if prompts not in PROMPT_SOURCES:
         print(f"the prompt of all photos: {one_line(prompts)}")
     with _owned(root, out, recipe):
         made = _make_all(_Work(root, list(texts), out, recipe), workers)
