@@ -15,6 +15,7 @@ ControlNet tutorial. Further keys of an item (a class number, say) go through to
 
     python data.py show DIR 1234       print the length, one pair's prompt and shapes, and save the pair as a picture
     python data.py check DIR           report every problem of every row at once
+    python data.py hints PHOTOS DIR --kind canny    make photos a data set: see training/photos.py
 """
 
 import argparse
@@ -32,7 +33,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from training import images, verify
+from training import images, photos, verify
 from training.buckets import Framed, bucket_sizes, choose_size
 from training.buckets import fit_size as fit_size
 from training.buckets import parse_resolution as parse_resolution
@@ -403,11 +404,12 @@ def check(root: str, size: Size | None = None, buckets: Sequence[Size] = (), **s
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Look at one pair of a data set, or check all pairs.")
+    parser = argparse.ArgumentParser(description="Look at one pair of a data set, check all, or make one of photos.")
     commands = parser.add_subparsers(dest="command", required=True)
     folder = f"the data set: a folder with {' or '.join(LAYOUTS)}"
     show_parser = commands.add_parser("show", help="print one pair's prompt and shapes, and save the pair as a picture")
     check_parser = commands.add_parser("check", help="read every row and report all problems; exit status 1 if any")
+    photos.add_arguments(commands.add_parser("hints", help="make a folder of photos a data set of hints and photos"))
     for p in (show_parser, check_parser):
         p.add_argument("dir", help=folder)
         p.add_argument("--follow-links", action="store_true", help="follow links that lead out of the folder")
@@ -425,6 +427,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--buckets", action="store_true", help="report the sizes that train.py --buckets makes of --resolution (512)")
     add("--multiple", type=int, default=64, metavar="N", help="what the model divides sides by (default 64)")
     args = parser.parse_args(argv)
+    if args.command == "hints":
+        return photos.run(args, None if args.size == "0" else parse_resolution(args.size))
     if not (args.max_megapixels > 0 and 0 <= args.hint_scale < float("inf")):
         parser.error("--max-megapixels must be above 0, --hint-scale at least 0")
     settings = dict(hint_scale=args.hint_scale, follow_links=args.follow_links, max_megapixels=args.max_megapixels)
