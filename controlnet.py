@@ -97,12 +97,17 @@ class ControlNet(UNetEncoder):
     @classmethod
     def from_unet(
         cls, unet: UNet, hint_channels: int = 3, hint_widths: tuple[int, int, int, int] = HINT_WIDTHS, seed: int = 0,
-        hint_gain: float = 1.0,
+        hint_gain: float = 1.0, transformer_depth: tuple[int, ...] | None = None,
     ) -> "ControlNet":  # fmt: skip
-        """A new ControlNet: the encoder is a copy of `unet`'s, everything else comes from `new_weights`."""
-        state = unet.state_dict() | new_weights(unet.config, hint_channels, hint_widths, seed, hint_gain)
+        """A new ControlNet: the encoder is a copy of `unet`'s, everything else comes from `new_weights`.
+
+        `transformer_depth`: a ControlNet with fewer blocks in its transformers, of which each is a copy of the UNet's
+        block of that number. Residuals are as many as before.
+        """
+        config = unet.config if transformer_depth is None else unet.config.with_depth(transformer_depth)
+        state = unet.state_dict() | new_weights(config, hint_channels, hint_widths, seed, hint_gain)
         with torch.device("meta"):
-            control_model = cls(unet.config, hint_channels, hint_widths)
+            control_model = cls(config, hint_channels, hint_widths)
         like = unet.time_embed[0].weight
         copies = {name: state[name].to(like, copy=True) for name in control_model.state_dict()}
         control_model.load_state_dict(copies, assign=True)

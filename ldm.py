@@ -46,6 +46,7 @@ class ModelConfig:
     timesteps: int = 1000
     hint_widths: tuple[int, int, int, int] = HINT_WIDTHS
     hint_gain: float = 1.0  # scale of the hint encoder's initial weights
+    control_depth: tuple[int, ...] | None = None  # `transformer_depth` of a ControlNet that has less than the UNet
     global_pool: bool = False  # the ControlNet's residuals are averaged over the image (`ControlNet.global_pool`)
     guidance: float = 9.0  # the guidance scale that suits this model
     resolution: int = 512  # the side of the images with which the model was trained, in pixels
@@ -61,6 +62,11 @@ class ModelConfig:
         fields = json.loads(text)
         has_fields = lambda k, v: k in networks and v is not None
         return cls(**tuples({k: networks[k](**tuples(v)) if has_fields(k, v) else v for k, v in fields.items()}))
+
+    @property
+    def control_unet(self) -> UNetConfig:
+        """The shape of the ControlNet: the UNet's, or with `control_depth` a smaller one."""
+        return self.unet if self.control_depth is None else self.unet.with_depth(self.control_depth)
 
     @property
     def vae_factor(self) -> int:
@@ -142,7 +148,7 @@ class ControlLDM(nn.Module):
         self.model.diffusion_model = UNet(config.unet)
         self.control_model: ControlNet | None = None
         if hint_channels is not None:
-            self.control_model = ControlNet(config.unet, hint_channels, config.hint_widths)
+            self.control_model = ControlNet(config.control_unet, hint_channels, config.hint_widths)
             self.control_model.global_pool = config.global_pool
         self.first_stage_model = AutoencoderKL(config.vae)
         self.tokenizer = Tokenizer(config.pad)
@@ -167,15 +173,19 @@ class ControlLDM(nn.Module):
         return self.cond_stage_model.transformer if self.config.text2 is None else self.conditioner
 
     @property
+    def text_encoders(self) -> list[nn.Module]:
+        """The text encoders, in the order of their contexts."""
+        return [self.text] if self.config.text2 is None else self.text.encoders()
+
+    @property
     def device(self) -> torch.device:
         """The device on which the UNet computes."""
         return self.unet.time_embed[0].weight.device
 
     def encode_text(self, prompts: str | list[str]) -> tuple[Tensor, Tensor | None]:
         """One prompt or a list of B -> context (B,77,D) and pooled (B,P), which is None for models without a y."""
-        encoders = [self.text] if self.config.text2 is None else self.text.encoders()
         device = next(self.text.parameters()).device
-        pairs = zip(encoders, self.tokenizers, strict=True)
+        pairs = zip(self.text_encoders, self.tokenizers, strict=True)
         encoded = [encoder.encode(tokenizer(prompts).to(device)) for encoder, tokenizer in pairs]
         return torch.cat([context for context, _ in encoded], dim=-1), encoded[-1][1]
 

@@ -36,10 +36,11 @@ from training.console import protect_output
 from training.images import one_line
 from weights.clients import bare_names, lost_in_pickle, notes, size_in_words, widen_hint
 from weights.configs import CheckpointError, is_run, load_json, metadata_config
-from weights.detect import detect_model, measured_prediction, model_of_weights, pools_globally
+from weights.control_depth import written
+from weights.detect import detect_model, distilled, measured_prediction, model_of_weights, pools_globally
 from weights.diffusers_folder import common_dtype, control_folder, diffusers_folder
 from weights.kinds import refuse_other_kinds
-from weights.original import missing_buffers
+from weights.original import markers, missing_buffers
 from weights.reading import load_metadata, load_state_dict
 from weights.runs import load_run, load_state, newest_checkpoint
 from weights.source import (
@@ -55,7 +56,7 @@ from weights.source import (
     unet_key,
     whole_control,
 )
-from weights.spelling import COMPONENTS, CONTROL, DIFFERENCE, UNET
+from weights.spelling import COMPONENTS, CONTROL, DIFFERENCE, TEXT, TEXT_1, TEXT_2, UNET
 from weights.writing import save_pickle, save_safetensors, stored_dtype, write_folder, write_safetensors
 
 State = dict[str, Tensor]
@@ -81,10 +82,10 @@ def attach(source: ModelSource) -> tuple[State, ModelConfig, list[str]]:
             f"{source.path}: {len(misfits)} weights of the UNet missing or of another shape, as {UNET}{misfits[0]}"
         )
     names = whole.control_model.state_dict()
-    new = new_weights(config.unet, hint_channels, config.hint_widths, source.seed, config.hint_gain)
+    new = new_weights(config.control_unet, hint_channels, config.hint_widths, source.seed, config.hint_gain)
     control = {CONTROL + k: new[k] if k in new else state[UNET + k] for k in names}
     schedule = noise_schedule(config.linear_start, config.linear_end, config.timesteps, config.zero_terminal_snr)
-    return state | control | missing_buffers(state, *schedule), config, [CONTROL + k for k in new]
+    return markers(config) | state | control | missing_buffers(state, *schedule), config, [CONTROL + k for k in new]
 
 
 def extract(path: str | Path) -> tuple[State, Path]:
@@ -162,9 +163,11 @@ def info(source: str) -> list[str]:
         return f"{name:12} {sum(v.numel() for v in tensors) / 1e6:8.1f} M in {number} ({dtypes})"
 
     kinds = COMPONENTS | {"average": "model_ema."}
+    is_sdxl = any(k.startswith((TEXT_1, TEXT_2)) for k in state)
     for name, prefix in kinds.items():
         tensors = [v for k, v in state.items() if k.startswith(prefix)]
-        lines += [size(name, tensors)] if tensors else [f"{name:12} none"]
+        told = prefix not in ((TEXT,) if is_sdxl else (TEXT_1, TEXT_2))
+        lines += [size(name, tensors)] if tensors else [f"{name:12} none"] * told
     unknown = [v for k, v in state.items() if not k.startswith(tuple(kinds.values()))]
     lines += [size("other", unknown)] if unknown else []
     try:
@@ -174,6 +177,10 @@ def info(source: str) -> list[str]:
         if "config" not in load_metadata(path) and name in ("sd21", "sd21_v"):
             measured = prefix == UNET and measured_prediction(state)
             name += " (to judge by its weights)" if measured else " or sd21_v (nothing in it tells which)"
+        if config.text2:
+            name += f", {config.prediction}-prediction" + (f", distilled ({word})" if (word := distilled(path)) else "")
+        if config.control_depth:
+            name += f", the ControlNet's transformers with {written(config.control_depth)} blocks"
         lines += [f"{'model':12} {name}", *(f"{'missing':12} {line}" for line in missing_weights(path, state, config))]
     except CheckpointError as e:
         lines.append(f"{'model':12} {str(e).removeprefix(f'{path}: ')}")
@@ -220,11 +227,16 @@ def save(out: str, state: State, metadata: Mapping[str, str], dtype: torch.dtype
     """Write safetensors, or, where a `.ckpt` is named, a pickle of tensors alone. `dtype`: None keeps each tensor's."""
     path = Path(out)
     if path.suffix == ".safetensors":
-        save_safetensors(path, state, metadata, dtype)
+        save_safetensors(path, state, without_stale(metadata), dtype)
     else:
         tell_lost(out, state, metadata)
         save_pickle(path, {k: v.to(stored_dtype(k, v, dtype)) for k, v in state.items()})
     print(f"{out}: {size_in_words(path.stat().st_size)}")
+
+
+def without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of an input without what the output's tensors make false: the checksum of the input's."""
+    return {k: v for k, v in metadata.items() if not k.startswith("modelspec.hash")}
 
 
 def tell_lost(out: str, state: State, metadata: Mapping[str, str]) -> None:
@@ -277,6 +289,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         default=3,
         help="number of channels of the hint images (default 3)",
     )
+    p.add_argument(
+        "--control-depth", default="full",
+        help="blocks in the ControlNet's transformers: full (as the UNet), mid, small, or one number for each level of "
+        "the UNet, as 0,1,4 (default full)",
+    )  # fmt: skip
     p.add_argument(
         "--seed",
         type=number(int, -(2**63), 2**63 - 1),
@@ -354,7 +371,8 @@ Output = tuple[dict[str, Any], State, dict[str, str], ModelConfig | None]
 
 def run_attach(args: argparse.Namespace, folder: bool) -> Output:
     """`merge.py attach`. `folder`, here and below: the output is a folder for diffusers."""
-    source = ModelSource(args.input, vae=args.vae, ema=args.ema, hint_channels=args.hint_channels, seed=args.seed)
+    options = {name: getattr(args, name) for name in ("vae", "ema", "hint_channels", "seed", "control_depth")}
+    source = ModelSource(args.input, **options)
     state, config, new = attach(source)
     metadata = load_metadata(args.input)
     if Path(args.input).is_dir():  # beside the weights the folder says what they cannot
@@ -381,6 +399,8 @@ def run_extract(args: argparse.Namespace, folder: bool) -> Output:
         if folder:
             raise
         config = None
+    if args.difference and config and config.control_depth:
+        raise CheckpointError(f"{args.input}: a ControlNet that is smaller than its UNet has no difference to it")
     if args.hint_channels:
         state = widen_hint(path, state, args.hint_channels)
     if folder:
@@ -401,7 +421,7 @@ def run_export(args: argparse.Namespace, folder: bool) -> Output:
     """`merge.py export`."""
     options = {name: getattr(args, name) for name in ("base", "control", "vae", "ema", "prediction")}
     state, config = read_model(ModelSource(args.input, **options))
-    content = diffusers_folder(args.input, state, config) if folder else state
+    content = diffusers_folder(args.input, state, config) if folder else markers(config) | state
     return content, state, {"config": config.to_json()}, config
 
 

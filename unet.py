@@ -31,6 +31,7 @@ in each of the others (`transformer_depth`), and a vector y of further condition
 embedding.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -80,10 +81,19 @@ class UNetConfig:
         """The number of attention heads in a transformer of `channels` channels."""
         return self.num_heads or channels // self.num_head_channels
 
+    def with_depth(self, transformer_depth: tuple[int, ...]) -> "UNetConfig":
+        """The same network with other numbers of transformer blocks."""
+        return dataclasses.replace(self, transformer_depth=transformer_depth)
+
     def depth(self, level: int) -> int:
         """The blocks in each transformer of level `level` (0 is the finest); 0 where the level has no transformers."""
         depth = self.transformer_depth[min(level, len(self.transformer_depth) - 1)]
         return depth if 2**level in self.attention_resolutions else 0
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """The depth of every level's transformers, the last level's replaced by the middle block's."""
+        return (*(self.depth(level) for level in range(len(self.channel_mult) - 1)), self.transformer_depth[-1])
 
     def attends(self, level: int) -> bool:
         """Whether level `level` has transformers."""

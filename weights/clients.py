@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ldm import MODELS, ModelConfig
 from weights.configs import CheckpointError
+from weights.control_depth import NAMED, depth_from_text, written
 from weights.detect import hint_channels_of
 from weights.spelling import CONTROL, DIFFERENCE
 
@@ -51,6 +52,8 @@ def notes(out: str, state: dict[str, Tensor], config: ModelConfig | None, folder
             f"its ControlNet takes hints of {channels} channel{'s' * (channels > 1)}; the pipelines of diffusers and "
             f"Automatic1111 give it images of 3; to diffusers, pass a tensor (1,{channels},H,W) instead{way_out}"
         )
+    if config and config.control_depth:
+        lines.append(f"its transformers have {written(config.control_depth)} blocks: {_readers_of_smaller(config)}")
     if config and config.name not in MODELS or config and config.name == "tiny":
         lines.append(f"a model of the size of {config.name} is known to this project and diffusers; others have none")
     elif folder and not alone:
@@ -66,15 +69,30 @@ def notes(out: str, state: dict[str, Tensor], config: ModelConfig | None, folder
     return lines
 
 
+def _readers_of_smaller(config: ModelConfig) -> str:
+    """Who reads a ControlNet that is smaller than its UNet's encoder."""
+    names = {depth_from_text(name, config.unet): name for name in NAMED} if config.text2 else {}
+    if name := names.get(config.control_depth):
+        return f"the size that diffusers published as `{name}`; diffusers reads it, and ComfyUI in diffusers' form"
+    return "diffusers reads that from a folder (--format diffusers); programs that expect the full copy do not"
+
+
 def _about_the_name(out: str, config: ModelConfig | None) -> list[str]:
     """How the name of a ControlNet's file should be for the programs that go by it."""
     stem, family = Path(out).stem, "sd21" if config and config.unet.context_dim == 1024 else "sd15"
+    family = "sdxl" if config and config.text2 else family
     pooled = bool(config and config.global_pool)
     lines = []
-    if family not in stem.lower() or "xl" in stem.lower():
+    others = ("sd14", "sd15", "sd16", "sd21", "2.1") if family == "sdxl" else ("xl",)
+    if family not in stem.lower() or any(word in stem.lower() for word in others):
         lines.append(
             "Automatic1111's ControlNet extension filters by the file's name: call it "
             f"control_{family}_NAME{'_shuffle' * pooled}.safetensors (canny, xl, shuffle in NAME mean something to it)"
+        )
+    if family == "sdxl":
+        lines.append(
+            "ComfyUI and Automatic1111 read this file; diffusers' from_single_file leaves out its embedding of the "
+            "sizes (label_emb), so write a folder for diffusers (--format diffusers), whose file kohya's tools read too"
         )
     if family == "sd21":
         lines.append("Automatic1111's extension computes it with 8 heads, which is off by 5%; ComfyUI does not")
@@ -102,6 +120,7 @@ def lost_in_pickle(state: dict[str, Tensor], config: ModelConfig, by_weights: Mo
     words = {
         "prediction": f"{config.prediction}-prediction", "text": "clip-skip", "zero_terminal_snr": "zero terminal SNR",
         "global_pool": "global pooling", "scale_factor": "the scale of its latents", "linear_start": "its betas",
-        "linear_end": "its betas", "timesteps": "its number of timesteps", "unet": "its shape", "vae": "its shape",
+        "linear_end": "its betas", "zero_empty_negative": "what an empty negative prompt is",
+        "timesteps": "its number of timesteps", "unet": "its shape", "vae": "its shape",
     }  # fmt: skip
     return list(dict.fromkeys(w for k, w in words.items() if getattr(config, k) != getattr(by_weights, k)))

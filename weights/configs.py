@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 from conditioning import SIZE_WIDTH, SIZES
 from ldm import ModelConfig
+from unet import UNetConfig
 
 
 class CheckpointError(ValueError):
@@ -104,8 +105,8 @@ SCHEDULER: Rules = {
 _BLOCKS = {
     "act_fn": ("silu", "swish"), "norm_eps": (1e-5,), "flip_sin_to_cos": (True,), "freq_shift": (0,),
     "downsample_padding": (1,), "mid_block_scale_factor": (1,), "mid_block_type": ("UNetMidBlock2DCrossAttn",),
-    "only_cross_attention": (False,), "resnet_time_scale_shift": ("default",), "transformer_layers_per_block": (1,),
-    "class_embed_type": (None,), "num_class_embeds": (None,), "addition_embed_type": (None,),
+    "only_cross_attention": (False,), "resnet_time_scale_shift": ("default",),
+    "class_embed_type": (None,), "num_class_embeds": (None,), "addition_embed_type": (None, "text_time"),
     "encoder_hid_dim": (None,), "encoder_hid_dim_type": (None,),
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
 }  # fmt: skip
@@ -130,18 +131,20 @@ NETWORKS: Mapping[str, tuple[tuple[str, ...], Mapping[str, tuple]]] = {
             "use_post_quant_conv": (True,), "shift_factor": (None, 0), "latents_mean": (None,), "latents_std": (None,),
         },
     ),
-    "text encoder": (
+} | dict.fromkeys(
+    ("text encoder", "text encoder 1", "text encoder 2"),
+    (
         ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"),
         {"hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,), "max_position_embeddings": (77,)},
     ),
-}  # fmt: skip
+)  # fmt: skip
 # Further fields of a ControlNet's configuration; they agree with its tensors, are compared with the model, or have no
 # effect without a field of `_BLOCKS`.
 CONTROLNET_FIELDS = {
     "in_channels", "conditioning_channels", "conditioning_embedding_out_channels", "block_out_channels",
     "layers_per_block", "norm_num_groups", "cross_attention_dim", "attention_head_dim", "num_attention_heads",
     "use_linear_projection", "upcast_attention", "addition_time_embed_dim", "projection_class_embeddings_input_dim",
-    "addition_embed_type_num_heads", "sample_size",
+    "addition_embed_type_num_heads", "sample_size", "transformer_layers_per_block",
 }  # fmt: skip
 SCALING = Rule(float, 1e-6, 1e6)
 LEVELS, WIDTH = (1, 8), Rule(int, 1, 65536)
@@ -169,6 +172,7 @@ MODEL: Rules = {
     "zero_empty_negative": FLAG, "vae_fp16_safe": FLAG, "prediction": Rule(str, choices=("eps", "v")),
     "scale_factor": Rule(float, 1e-6, 1e6), "linear_start": Rule(float, 1e-9, 0.5),
     "linear_end": Rule(float, 1e-9, 0.999), "zero_terminal_snr": FLAG, "timesteps": Rule(int, 10, 10_000),
+    "control_depth": Rule(int, 0, 24, items=LEVELS, none=True),
     "hint_widths": Rule(int, 1, 4096, items=(4, 4)), "hint_gain": Rule(float, 0, 1e6), "global_pool": FLAG,
     "guidance": Rule(float, 0, 1e6), "resolution": Rule(int, 8, 4096),
 }  # fmt: skip
@@ -250,6 +254,16 @@ def scheduler_settings(folder: str | Path) -> dict[str, Any]:
     return settings
 
 
+def pipeline_settings(folder: str | Path) -> dict[str, Any]:
+    """What `model_index.json` of a diffusers folder says, as fields of `ModelConfig`; empty without one."""
+    file = Path(folder) / "model_index.json"
+    if not file.is_file():
+        return {}
+    names = {"force_zeros_for_empty_prompt": "zero_empty_negative"}
+    fields = check_fields(file, load_json(file), dict.fromkeys(names, FLAG))
+    return {ours: fields[theirs] for theirs, ours in names.items() if theirs in fields}
+
+
 def network_settings(path: str | Path, kind: str) -> dict[str, Any]:
     """The `config.json` of a network of a diffusers folder; empty without one. `kind`: a key of NETWORKS.
 
@@ -286,20 +300,35 @@ def check_network(path: str | Path, kind: str, config: ModelConfig) -> None:
     """Raise CheckpointError where the `config.json` of a network contradicts the model `config` in what tensors do not
     show: attention heads, groups of norms, activation, scale of the latents. See `network_settings`."""
     fields, levels = network_settings(path, kind), len(config.unet.channel_mult)
-    heads = [config.unet.heads(config.unet.model_channels * m) for m in config.unet.channel_mult]
-    wanted: dict[str, Any] = {
-        "VAE": {"norm_num_groups": config.vae.norm_groups, "scaling_factor": config.scale_factor},
-        "text encoder": {"num_attention_heads": config.text.heads, "hidden_act": config.text.activation},
-    }.get(kind) or {
-        "num_attention_heads" if fields.get("num_attention_heads") else "attention_head_dim": heads,
-        "norm_num_groups": config.unet.norm_groups,
-    }
+    text = (config.text2 if kind == "text encoder 2" else None) or config.text
+    wanted: dict[str, Any] = {"norm_num_groups": config.vae.norm_groups, "scaling_factor": config.scale_factor}
+    if kind.startswith("text encoder"):
+        wanted = {"num_attention_heads": text.heads, "hidden_act": text.activation}
+    elif kind != "VAE":
+        wanted = _wanted_of_unet(fields, config.control_unet if kind == "ControlNet" else config.unet)
     for name, value in wanted.items():
         given = fields.get(name, value)
         given = [given] * levels if isinstance(value, list) and not isinstance(given, list) else given
         if given != value:
             file = (Path(path) if Path(path).is_dir() else Path(path).parent) / "config.json"
             raise CheckpointError(f"{file}: {name} is {reprlib.repr(fields[name])}, that of {config.name} is {value}")
+
+
+def _wanted_of_unet(fields: dict[str, Any], unet: UNetConfig) -> dict[str, Any]:
+    """What the `config.json` of a UNet or ControlNet should say; `fields`: what it says."""
+    levels = range(len(unet.channel_mult))
+    depth = fields.get("transformer_layers_per_block", 1)
+    depth = depth if isinstance(depth, list) and len(depth) == len(levels) else [depth for _ in levels]
+    depth = [unet.depth(level) or depth[level] for level in levels]  # without attention the number says nothing
+    sizes = {"projection_class_embeddings_input_dim": unet.adm_in_channels, "addition_time_embed_dim": SIZE_WIDTH}
+    return {
+        "num_attention_heads" if fields.get("num_attention_heads") else "attention_head_dim": [
+            unet.heads(unet.model_channels * m) for m in unet.channel_mult
+        ],
+        "norm_num_groups": unet.norm_groups,
+        "transformer_layers_per_block": [*depth[:-1], unet.transformer_depth[-1]],
+        "addition_embed_type": "text_time" if unet.adm_in_channels else None,
+    } | (sizes if unet.adm_in_channels else {})
 
 
 def metadata_config(path: str | Path, text: str) -> ModelConfig | None:
@@ -337,6 +366,8 @@ def _misfit(config: ModelConfig) -> str:
         for width in (first, *(first * m for m in factors)):
             if width % network.norm_groups or width > WIDTH.high:
                 return f"{name}: {width} channels cannot be normed in {network.norm_groups} groups"
+    if any(a > b for a, b in zip(config.control_unet.depths, unet.depths, strict=True)):
+        return f"control_depth is {config.control_unet.depths}, more than the UNet's {unet.depths}"
     for width in (unet.model_channels * m for m in unet.channel_mult):
         heads = unet.heads(width)
         if not heads or width % heads or (unet.num_head_channels and width % unet.num_head_channels):

@@ -4,6 +4,7 @@
     scheduler/scheduler_config.json   the noise schedule
     unet/ vae/ controlnet/            config.json, diffusion_pytorch_model.safetensors
     text_encoder/ tokenizer/          config.json, model.safetensors; vocab.json, merges.txt, ...
+    text_encoder_2/ tokenizer_2/      the same, of SDXL's second text encoder
 
 The `*_config` functions return the JSON beside the weights, in diffusers' words (what diffusers calls the dimension of
 the attention heads is, for these models, their number). `diffusers_folder` and `control_folder` return whole folders
@@ -18,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clip_text import TextConfig, tokenizer_files
+from clip_bpe import tokenizer_files
+from clip_text import TextConfig
+from conditioning import SIZE_WIDTH
 from ldm import ModelConfig
 from unet import UNetConfig
 from vae import VAEConfig
@@ -28,9 +31,13 @@ from weights.source import check_networks, missing_weights, strip_prefix
 from weights.spelling import (
     CONTROL,
     TEXT,
+    TEXT_1,
+    TEXT_2,
     UNET,
     VAE,
     control_table,
+    second_text_to_transformers,
+    text_prefixes,
     text_to_transformers,
     to_diffusers,
     unet_levels,
@@ -50,22 +57,38 @@ def diffusers_folder(path: str | Path, state: dict[str, Tensor], config: ModelCo
     if missing := missing_weights(path, state, config, whole=True):
         raise CheckpointError(f"{path}: not a whole model: {missing[0]}")
     control = {k: v for k, v in state.items() if k.startswith(CONTROL)}
-    side, layers = config.resolution, config.text.layers - config.text.penultimate
+    side = config.resolution
     upcast_attention = config.unet.use_linear_in_transformer and config.prediction == "v"
     files = {
-        "model_index.json": model_index(bool(control)),
+        "model_index.json": model_index(config, bool(control)),
         "scheduler/scheduler_config.json": scheduler_config(config),
         "unet/config.json": unet_config(config.unet, side // config.vae_factor, upcast_attention),
         f"unet/{WEIGHTS_FILE}": to_diffusers(strip_prefix(state, UNET), unet_table(*unet_levels(config.unet))),
-        "vae/config.json": vae_config(config.vae, config.scale_factor, side),
+        "vae/config.json": vae_config(config.vae, config.scale_factor, side, not config.vae_fp16_safe),
         f"vae/{WEIGHTS_FILE}": to_diffusers(
             strip_prefix(state, VAE), vae_table(len(config.vae.ch_mult), config.vae.num_res_blocks)
         ),
-        "text_encoder/config.json": text_config(config.text),
-        "text_encoder/model.safetensors": text_to_transformers(strip_prefix(state, TEXT), layers),
-    }
-    files |= {f"tokenizer/{name}": text for name, text in tokenizer_files(config.pad).items()}
+    } | text_files(state, config)
     return files | ({f"controlnet/{k}": v for k, v in control_folder(path, control, config).items()} if control else {})
+
+
+def text_files(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Any]:
+    """The folders of the text encoders, one or two, and of their tokenizers."""
+    encoders, pads = (config.text, config.text2), (config.pad, config.pad2)
+    translate = {TEXT: text_to_transformers, TEXT_1: text_to_transformers, TEXT_2: second_text_to_transformers}
+    files = {}
+    for prefix, encoder, pad, number in zip(text_prefixes(config), encoders, pads, ("", "_2"), strict=False):
+        weights = translate[prefix](strip_prefix(state, prefix), kept_layers(encoder))
+        files[f"text_encoder{number}/config.json"] = text_config(encoder)
+        files[f"text_encoder{number}/model.safetensors"] = weights
+        files |= {f"tokenizer{number}/{name}": text for name, text in tokenizer_files(pad).items()}
+    return files
+
+
+def kept_layers(config: TextConfig) -> int:
+    """The layers of a text encoder in the folder. Of SDXL's diffusers reads the last but one itself; of SD 2.x's the
+    last, so it has to be the one that is used."""
+    return config.layers - (config.penultimate and config.final_norm)
 
 
 def control_folder(path: str | Path, control: dict[str, Tensor], config: ModelConfig) -> dict[str, Any]:
@@ -74,8 +97,8 @@ def control_folder(path: str | Path, control: dict[str, Tensor], config: ModelCo
     control = strip_prefix(control, CONTROL)
     channels, widths = hint_channels_of(control, path), hint_widths_of(control, path)
     return {
-        "config.json": control_config(config.unet, channels, widths, config.global_pool),
-        WEIGHTS_FILE: to_diffusers(control, control_table(*unet_levels(config.unet))),
+        "config.json": control_config(config.control_unet, channels, widths, config.global_pool),
+        WEIGHTS_FILE: to_diffusers(control, control_table(*unet_levels(config.control_unet))),
     }
 
 
@@ -89,6 +112,13 @@ def unet_config(config: UNetConfig, sample_size: int, upcast_attention: bool = F
     block_types = lambda order, direction: [
         ("CrossAttn" if i in attention_levels else "") + f"{direction}Block2D" for i in order
     ]
+    further: dict[str, Any] = {}
+    if config.depths != UNetConfig().depths[:levels]:  # the last number is the middle block's too
+        depths = [config.depth(i) or 1 for i in range(levels - 1)]
+        further["transformer_layers_per_block"] = [*depths, config.transformer_depth[-1]]
+    if config.adm_in_channels:
+        further["addition_embed_type"], further["addition_time_embed_dim"] = "text_time", SIZE_WIDTH
+        further["projection_class_embeddings_input_dim"] = config.adm_in_channels
     return {
         "_class_name": "UNet2DConditionModel",
         "sample_size": sample_size,
@@ -108,7 +138,7 @@ def unet_config(config: UNetConfig, sample_size: int, upcast_attention: bool = F
         "flip_sin_to_cos": True,
         "freq_shift": 0,
         "downsample_padding": 1,
-    }
+    } | further
 
 
 def control_config(
@@ -125,8 +155,11 @@ def control_config(
     }
 
 
-def vae_config(config: VAEConfig, scale_factor: float, sample_size: int) -> dict[str, Any]:
-    """`vae/config.json`. `sample_size`: the side of the images in pixels."""
+def vae_config(
+    config: VAEConfig, scale_factor: float, sample_size: int, force_upcast: bool | None = None
+) -> dict[str, Any]:
+    """`vae/config.json`. `sample_size`: the side of the images in pixels. `force_upcast`: a pipeline in float16
+    computes the VAE in float32, for which SDXL's asks."""
     levels = len(config.ch_mult)
     return {
         "_class_name": "AutoencoderKL",
@@ -141,7 +174,7 @@ def vae_config(config: VAEConfig, scale_factor: float, sample_size: int) -> dict
         "norm_num_groups": config.norm_groups,
         "act_fn": "silu",
         "scaling_factor": scale_factor,
-    }
+    } | ({"force_upcast": True} if force_upcast else {})
 
 
 def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
@@ -153,7 +186,7 @@ def common_dtype(tensors: Iterable[Tensor]) -> torch.dtype:
 def text_config(config: TextConfig) -> dict[str, Any]:
     """`text_encoder/config.json`, for transformers."""
     return {
-        "architectures": ["CLIPTextModel"],
+        "architectures": [text_class(config)],
         # Unless from_pretrained is given a dtype, transformers takes the one that stands here (or the file's), and
         # diffusers takes float32 whatever the file has: the parts of a pipeline must agree.
         "dtype": "float32",
@@ -161,10 +194,10 @@ def text_config(config: TextConfig) -> dict[str, Any]:
         "model_type": "clip_text_model",
         "hidden_size": config.width,
         "intermediate_size": config.mlp_width,
-        "num_hidden_layers": config.layers - config.penultimate,
+        "num_hidden_layers": kept_layers(config),
         "num_attention_heads": config.heads,
         "hidden_act": config.activation,
-        "projection_dim": config.width,
+        "projection_dim": config.projection or config.width,
         "max_position_embeddings": 77,
         "vocab_size": 49408,
         "bos_token_id": 49406,
@@ -191,15 +224,26 @@ def scheduler_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def model_index(control: bool) -> dict[str, Any]:
+def text_class(config: TextConfig) -> str:
+    """The class of transformers for a text encoder."""
+    return "CLIPTextModelWithProjection" if config.projection else "CLIPTextModel"
+
+
+def model_index(config: ModelConfig, control: bool) -> dict[str, Any]:
     """`model_index.json`: which class reads which folder. `control`: the folder has a ControlNet."""
     components = {
         "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder": ["transformers", text_class(config.text)],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
     } | ({"controlnet": ["diffusers", "ControlNetModel"]} if control else {})
-    absent = {"safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None]}
-    pipeline = "StableDiffusionControlNetPipeline" if control else "StableDiffusionPipeline"
-    return {"_class_name": pipeline, "requires_safety_checker": False} | components | absent
+    absent = {"feature_extractor": [None, None], "image_encoder": [None, None]}
+    name = "StableDiffusion{}{}Pipeline".format("XL" * bool(config.text2), "ControlNet" * control)
+    if config.text2:
+        settings = {"force_zeros_for_empty_prompt": config.zero_empty_negative}
+        components["text_encoder_2"] = ["transformers", text_class(config.text2)]
+        components["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
+    else:
+        settings, absent = {"requires_safety_checker": False}, {"safety_checker": [None, None]} | absent
+    return {"_class_name": name} | settings | components | absent

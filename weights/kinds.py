@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from weights.configs import CheckpointError
-from weights.spelling import COMPONENTS, CONTROL, DIFFERENCE, TEXT, UNET, VAE
+from weights.spelling import COMPONENTS, CONTROL, DIFFERENCE, TEXT, TEXT_1, TEXT_2, UNET, VAE
 
 # Tensors under the prefix of a network that have no effect on its results.
 HARMLESS = re.compile(
@@ -21,6 +21,7 @@ HARMLESS = re.compile(
     rf"|{re.escape(VAE)}(?:loss|model_ema|discriminator)\..*"
     rf"|{re.escape(TEXT)}(?:.*\.)?(?:logit_scale|logit_bias|text_projection(?:\.weight)?|attn_mask|causal_attention_mask)"
     rf"|{re.escape(TEXT)}(?:.*\.)?(?:visual|vision_model|visual_projection)(?:\..*)?"
+    rf"|{re.escape(TEXT_1)}(?:.*\.)?text_projection(?:\.weight)?|{re.escape(TEXT_2)}(?:logit_scale|attn_mask)"
     rf"|{re.escape(CONTROL)}{DIFFERENCE}"
 )
 # What the names of tensors tell: words in a key, and what has such tensors. The first row that fits counts.
@@ -55,6 +56,12 @@ def _with_class_embedding(state: Mapping[str, Tensor]) -> str:
     return "a network of SD 2.1 unCLIP, which is steered by images too" if unclip else "a network of the SDXL kind"
 
 
+def _is_label_of_sdxl(key: str, state: Mapping[str, Tensor]) -> bool:
+    """Whether `key` is of SDXL's embedding of y (and not of unCLIP's, nor of something else with this name)."""
+    first = state.get(key.split("label_emb.")[0] + "label_emb.0.0.weight")
+    return "label_emb.0." in key and first is not None and first.ndim == 2 and "SDXL" in _with_class_embedding(state)
+
+
 def _family(state: Mapping[str, Tensor]) -> str:
     """Of a Control-LoRA: the model to which it belongs."""
     sdxl = any(".label_emb." in k for k in state) or not any(".input_blocks.11." in k for k in state)
@@ -71,7 +78,7 @@ def refuse_other_kinds(path: str | Path, state: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError if the names of tensors in `state`, from `path`, tell that a network is of another kind."""
     keys = [k for k in state if k.startswith(tuple(COMPONENTS.values())) and not HARMLESS.fullmatch(k)]
     for words in KINDS:
-        if key := next((k for k in keys if re.search(words, k)), ""):
+        if key := next((k for k in keys if re.search(words, k) and not _is_label_of_sdxl(k, state)), ""):
             raise CheckpointError(
                 f"{path}: holds {kind_of_tensor(key, state)}, to judge by {key}; this is not supported"
             )

@@ -3,15 +3,17 @@
 The original registers the noise schedule as buffers (`register_schedule` and `logvar` in ldm/models/diffusion/ddpm.py),
 and its CLIP text encoder the numbers of the positions. A base that another program saved may lack them. Of the OpenCLIP
 text tower the original also holds what Stable Diffusion 2 never computes: its last layer, `text_projection`, and
-`logit_scale`, which diffusers leaves out. Nothing here is read by this project.
+`logit_scale`, which diffusers leaves out. SDXL's published file has no buffers of the schedule; of a fine-tuned model
+that predicts the velocity a tensor `v_pred` tells other programs (and `weights.detect`). Nothing else here is read.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clip_text import MAX_TOKENS
-from weights.spelling import TEXT
+from clip_bpe import MAX_TOKENS
+from ldm import ModelConfig
+from weights.spelling import TEXT, TEXT_1, TEXT_2
 
 CLIP, OPENCLIP = TEXT + "transformer.text_model.", TEXT + "model."
 
@@ -21,11 +23,19 @@ def missing_buffers(state: dict[str, Tensor], betas: np.ndarray, alphas: np.ndar
 
     betas, alphas: the two results of `sampler.noise_schedule`.
     """
-    wanted = schedule_buffers(betas, alphas)
-    if CLIP + "embeddings.token_embedding.weight" in state:
-        wanted[CLIP + "embeddings.position_ids"] = torch.arange(MAX_TOKENS)[None]
+    is_sdxl = any(k.startswith(TEXT_2) for k in state)
+    wanted = {TEXT_2 + "logit_scale": torch.tensor(100.0).log()} if is_sdxl else schedule_buffers(betas, alphas)
+    for clip in (CLIP, TEXT_1 + "text_model."):
+        if clip + "embeddings.token_embedding.weight" in state:
+            wanted[clip + "embeddings.position_ids"] = torch.arange(MAX_TOKENS)[None]
     wanted |= _unused_text_weights(state)
     return {k: v for k, v in wanted.items() if k not in state}
+
+
+def markers(config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors by which other programs see that an SDXL model predicts the velocity, and with zero terminal SNR."""
+    wanted = {"v_pred": config.prediction == "v", "ztsnr": config.zero_terminal_snr}
+    return {name: torch.tensor([]) for name, there in wanted.items() if there and config.text2}
 
 
 def schedule_buffers(betas: np.ndarray, alphas: np.ndarray) -> dict[str, Tensor]:

@@ -27,7 +27,13 @@ from torch import Tensor
 
 from weights.configs import INDEX, TEXT, CheckpointError, check_fields, is_run, load_json, network_settings
 from weights.pickles import MAX_PICKLE, read_program
-from weights.spelling import COMPONENTS, CONTROL, to_original
+from weights.spelling import (
+    COMPONENTS,
+    CONTROL,
+    first_text_to_original,
+    second_text_to_original,
+    to_original,
+)
 
 StandIns = list[tuple[type, str]]
 
@@ -49,10 +55,13 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     check_fields(path / "model_index.json", load_json(path / "model_index.json"), {"_class_name": TEXT})
     if not (path / "unet").is_dir():
         raise CheckpointError(f"{path}: a diffusers folder without a unet/ in it")
+    translate = dict.fromkeys(("unet", "vae", "text_encoder", "controlnet"), to_original)
+    if (path / "text_encoder_2").is_dir():  # SDXL
+        translate |= {"text_encoder": first_text_to_original, "text_encoder_2": second_text_to_original}
     state: dict[str, Tensor] = {}
-    for name in ("unet", "vae", "text_encoder", "controlnet"):
+    for name, function in translate.items():
         if (path / name).is_dir():
-            state |= _to_original(path / name, _read_component_folder(path / name))
+            state |= _to_original(path / name, _read_component_folder(path / name), function)
     return state
 
 
@@ -79,13 +88,15 @@ WRAPPER = re.compile(r"(^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_
 MODULE = re.compile(rf"^({'|'.join(re.escape(prefix) for prefix in COMPONENTS.values())})?(?:module\.)+")
 
 
-def _to_original(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _to_original(
+    path: Path, state: dict[str, Tensor], translate: Callable[[dict[str, Tensor]], dict[str, Tensor]] = to_original
+) -> dict[str, Tensor]:
     """The tensors of the file `path` under original key names, without the prefixes of wrappers."""
     names = {key: MODULE.sub(r"\1", WRAPPER.sub("", key)) for key in state}
     if len(set(names.values())) == len(state):  # otherwise a prefix tells two tensors apart
         state = {names[key]: value for key, value in state.items()}
     try:
-        return _follow_settings(path, to_original(state))
+        return _follow_settings(path, translate(state))
     except CheckpointError:
         raise
     except (IndexError, KeyError, RuntimeError, ValueError) as e:

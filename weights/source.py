@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clip_text import CLIPTextModel, clip_spelling
+from clip_names import clip_spelling
+from clip_text import CLIPTextModel
 from controlnet import ControlNet
 from layers import Addition
 from ldm import SD21, SD21_V, ControlLDM, ModelConfig
@@ -29,14 +30,25 @@ from weights.configs import (
     is_run,
     metadata_config,
     network_settings,
+    pipeline_settings,
     scheduler_settings,
 )
-from weights.detect import detect_model, hint_channels_of, hint_widths_of, measured_prediction, pools_globally
+from weights.control_depth import check_depth, depth_from_text
+from weights.detect import (
+    detect_model,
+    distilled,
+    family_of,
+    hint_channels_of,
+    hint_widths_of,
+    measured_prediction,
+    pools_globally,
+)
 from weights.kinds import describe, refuse_other_kinds, refuse_unknown
 from weights.reading import load_metadata, load_state_dict
 from weights.runs import load_run, newest_checkpoint
-from weights.spelling import COMPONENTS, CONTROL, DIFFERENCE, TEXT, UNET, VAE
+from weights.spelling import COMPONENTS, CONTROL, DIFFERENCE, TEXT, TEXT_1, TEXT_2, UNET, VAE, text_prefixes
 
+CLIP_TEXT = (TEXT, TEXT_1)  # the text encoders that are CLIPTextModels
 VAE_KEYS = tuple(VAE + name for name in ("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))  # not its loss
 
 
@@ -54,6 +66,7 @@ class ModelSource:
     clip_skip: int | None = None  # 2 leaves out the last layer of the text encoder, 3 the last two, ...
     zero_terminal_snr: bool = False  # the noise schedule is stretched so that it ends in pure noise
     attach: bool = False  # add a new ControlNet if the model has none
+    control_depth: str = ""  # how much of its transformers a new ControlNet keeps: see `control_depth.depth_from_text`
     hint_channels: int | None = None  # channels of the hint: of a new ControlNet (None: 3), checked of a loaded one
     seed: int = 0  # of the initial weights of a new ControlNet's hint encoder
 
@@ -70,14 +83,16 @@ def load_model(source: ModelSource | str | Path) -> ControlLDM:
     hint_channels = _hint_channels(source, control) if control else None
     with torch.device("meta"):
         model = ControlLDM(config, hint_channels)
-    for prefix, module in ((UNET, model.unet), (VAE, model.vae), (TEXT, model.text)):
+    encoders = zip(text_prefixes(config), model.text_encoders, strict=True)
+    for prefix, module in ((UNET, model.unet), (VAE, model.vae), *encoders):
         load_component(_origin(source, prefix), module, strip_prefix(base, prefix), prefix, source.seed)
     if control:
         load_component(_origin(source, CONTROL), model.control_model, control, CONTROL, source.seed)
     elif source.attach:
         model.control_model = ControlNet.from_unet(
-            model.unet, source.hint_channels or 3, config.hint_widths, source.seed, config.hint_gain
-        )
+            model.unet, source.hint_channels or 3, config.hint_widths, source.seed, config.hint_gain,
+            config.control_depth,
+        )  # fmt: skip
     load_trained(source.path, model, trained)
     if control and is_run(source.path):
         model.control_model.only_mid_control = load_run(source.path).get("only_mid_control", False)
@@ -134,7 +149,8 @@ def _origin(source: ModelSource, prefix: str) -> Path:
     if own := {CONTROL: source.control, VAE: source.vae}.get(prefix):
         return Path(own)
     path = _base_path(source)
-    folder = path / {UNET: "unet", CONTROL: "controlnet", VAE: "vae", TEXT: "text_encoder"}[prefix]
+    folders = {UNET: "unet", CONTROL: "controlnet", VAE: "vae", TEXT_2: "text_encoder_2"}
+    folder = path / folders.get(prefix, "text_encoder")
     return folder if (path / "model_index.json").exists() and folder.is_dir() else path
 
 
@@ -219,9 +235,12 @@ def check_matches_unet(
     """Raise CheckpointError unless the copied weights in `control` have the shapes of the UNet's weights in `state`."""
     copies = [k for k in control if unet_key(k) in state]
     misfits = [k for k in copies if control[k].shape != state[unet_key(k)].shape]
-    if misfits or not (copies or DIFFERENCE in control):
+    kinds = family_of(control, CONTROL), family_of(state)
+    if misfits or not (copies or DIFFERENCE in control) or (all(kinds) and kinds[0] != kinds[1]):
         example = (misfits or list(control))[0]
-        raise CheckpointError(f"{path}: a ControlNet of another kind of model than {base} ({example})")
+        names = [kind or "unknown" for kind in kinds]
+        which = "" if kinds[0] == kinds[1] else f": the ControlNet is {names[0]}, the base {names[1]}"
+        raise CheckpointError(f"{path}: a ControlNet of another kind of model than {base}{which} ({example})")
 
 
 def whole_control(
@@ -233,7 +252,7 @@ def whole_control(
     to another kind of model than `base`, from which `state` comes.
     """
     check_matches_unet(path, control, base, state)
-    encoder = (UNET + "input_blocks.", UNET + "middle_block.", UNET + "time_embed.")
+    encoder = tuple(UNET + name for name in ("input_blocks.", "middle_block.", "time_embed.", "label_emb."))
     copies = {CONTROL + k.removeprefix(UNET): v for k, v in state.items() if k.startswith(encoder)}
     if DIFFERENCE in control:
         control = copies | add_unet_weights({k: v for k, v in control.items() if k != DIFFERENCE}, state)
@@ -276,10 +295,16 @@ def _read_config(source: ModelSource, state: dict[str, Tensor], saved: ModelConf
             if saved
             else not is_run(source.path) and pools_globally(_origin(source, CONTROL)),
         )
+        if config.control_depth:
+            check_depth(f"{_origin(source, CONTROL)}", config.control_depth, config.unet)
+    else:
+        asked = depth_from_text(source.control_depth, config.unet)
+        config = dataclasses.replace(config, global_pool=False, control_depth=asked)
+    parts = (UNET, VAE, *text_prefixes(config)) + ((CONTROL,) if control else ())
     for kind, prefix in COMPONENTS.items():
-        if (prefix != CONTROL or control) and _origin(source, prefix) != Path(source.path):
+        if prefix in parts and _origin(source, prefix) != Path(source.path):
             check_network(_origin(source, prefix), kind, config)
-    return config if control else dataclasses.replace(config, global_pool=False)
+    return config
 
 
 def apply_overrides(path: Path, state: dict[str, Tensor], source: ModelSource) -> ModelConfig:
@@ -287,6 +312,7 @@ def apply_overrides(path: Path, state: dict[str, Tensor], source: ModelSource) -
     config, scheduler = detect_model(path, state), scheduler_settings(path)
     if scale := network_settings(path / "vae", "VAE").get("scaling_factor"):
         scheduler["scale_factor"] = scale
+    scheduler |= pipeline_settings(path)
     said = source.prediction if source.prediction != "auto" else scheduler.get("prediction", "")
     by_weights = not metadata_config(path, load_metadata(path).get("config", ""))
     if by_weights and config.name in (SD21.name, SD21_V.name):
@@ -303,8 +329,14 @@ def apply_overrides(path: Path, state: dict[str, Tensor], source: ModelSource) -
     if said and config in (SD21, SD21_V) and (by_weights or said == "v"):
         config = SD21_V if said == "v" else SD21
     config = dataclasses.replace(config, **scheduler | ({"prediction": said} if said else {}))
+    if by_weights and config.text2 and (word := distilled(path)):
+        print(f"{path}: a model for few steps without guidance, to judge by `{word}` in its name; read as its base is")
     clip_skip = source.clip_skip or 1
+    if config.text2 and clip_skip in (1, 2):
+        clip_skip = 1  # the layer before the last is what this model reads anyway
     layers = config.text.layers - (clip_skip - 1)
+    if config.text2 and clip_skip > 1:
+        raise CheckpointError(f"--clip-skip is {clip_skip}; SDXL reads the layer before the last, which is clip-skip 2")
     if clip_skip < 1 or layers <= config.text.penultimate:
         raise CheckpointError(f"--clip-skip is {clip_skip}; this text encoder has {config.text.layers} layers")
     zero_terminal_snr = source.zero_terminal_snr or config.zero_terminal_snr
@@ -396,7 +428,7 @@ def check_networks(state: dict[str, Tensor], config: ModelConfig, origin: Callab
     results, or if the ControlNet in it is not whole. `origin`: prefix of a network -> its file or folder."""
     for prefix in COMPONENTS.values():
         own, known = strip_prefix(state, prefix), strip_prefix(expected_weights(config), prefix)
-        own, known = (_clip_spelling(origin(prefix), d) if prefix == TEXT else d for d in (own, known))
+        own, known = (_clip_spelling(origin(prefix), d) if prefix in CLIP_TEXT else d for d in (own, known))
         refuse_unknown(origin(prefix), prefix, own.keys() - known.keys(), own)
         if own and prefix == CONTROL:
             _check_none_missing(origin(prefix), own, known, prefix)
@@ -413,7 +445,7 @@ def missing_weights(path: str | Path, state: dict[str, Tensor], config: ModelCon
     lines = []
     for name, prefix in COMPONENTS.items():
         own, wanted = strip_prefix(state, prefix), strip_prefix(expected_weights(config, hint_channels), prefix)
-        own, wanted = (_clip_spelling(path, own), clip_spelling(wanted)) if prefix == TEXT else (own, wanted)
+        own, wanted = (_clip_spelling(path, own), clip_spelling(wanted)) if prefix in CLIP_TEXT else (own, wanted)
         lacking = [k for k, v in wanted.items() if k not in own or own[k].shape != v.shape]
         if lacking and (own or (whole and prefix != CONTROL)):
             way_out = "; --vae FILE gives one" if whole and prefix == VAE and not own else ""

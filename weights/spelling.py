@@ -7,8 +7,8 @@ shape of a model (levels, blocks per level, which levels have attention) and use
 transformer blocks are equal and need no row.
 
 `to_original` takes tensors in every spelling found in the world (an original file, one component of it alone, a
-component in diffusers' names); `to_diffusers` translates one component at a time. `clip_text` translates the names of
-the text encoder.
+component in diffusers' names); `to_diffusers` translates one component at a time. `clip_names` translates the names of
+the text encoders.
 """
 
 import re
@@ -16,14 +16,24 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from clip_text import clip_spelling, openclip_spelling
+from clip_names import clip_spelling, openclip_spelling
+from ldm import ModelConfig
 from unet import UNetConfig
 
-# The prefixes of the four components in a checkpoint.
+# The prefixes of the components in a checkpoint. Stable Diffusion has one text encoder, SDXL has two.
 UNET, CONTROL, VAE, TEXT = "model.diffusion_model.", "control_model.", "first_stage_model.", "cond_stage_model."
-COMPONENTS = {"UNet": UNET, "ControlNet": CONTROL, "VAE": VAE, "text encoder": TEXT}
+TEXT_1, TEXT_2 = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+COMPONENTS = {
+    "UNet": UNET, "ControlNet": CONTROL, "VAE": VAE, "text encoder": TEXT, "text encoder 1": TEXT_1,
+    "text encoder 2": TEXT_2,
+}  # fmt: skip
 SGM_TEXT = "conditioner.embedders.0."  # the text encoder in files of Stability's later code, which is SDXL's too
 DIFFERENCE = "difference"  # the tensor that marks a ControlNet's file as holding differences to the UNet
+
+
+def text_prefixes(config: ModelConfig) -> tuple[str, ...]:
+    """The prefixes of the text encoders that a model has."""
+    return (TEXT,) if config.text2 is None else (TEXT_1, TEXT_2)
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -50,6 +60,8 @@ def unet_table(levels: int, blocks: int, attention_levels: set[int]) -> dict[str
     table = {
         "time_embed.0": "time_embedding.linear_1",
         "time_embed.2": "time_embedding.linear_2",
+        "label_emb.0.0": "add_embedding.linear_1",
+        "label_emb.0.2": "add_embedding.linear_2",
         "input_blocks.0.0": "conv_in",
         "middle_block.1": "mid_block.attentions.0",
         "out.0": "conv_norm_out",
@@ -157,6 +169,22 @@ def _text_to_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {TEXT + "transformer." + k: v for k, v in state.items()}
 
 
+def first_text_to_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The first text encoder of SDXL, as transformers names it -> original names."""
+    return {TEXT_1 + "text_model." + k.removeprefix("text_model."): v for k, v in state.items()}
+
+
+def second_text_to_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The second text encoder of SDXL, as transformers names it -> original names, which are OpenCLIP's.
+
+    The matrix of the projection is (in, out) there and (out, in) in transformers.
+    """
+    names = {"text_projection.weight": TEXT_2 + "text_projection"}
+    projection = {name: state[k].T for k, name in names.items() if k in state}
+    encoder = {"text_model." + k.removeprefix("text_model."): v for k, v in state.items()}
+    return {TEXT_2 + k: v for k, v in openclip_spelling(encoder).items()} | projection
+
+
 def _add_prefix(prefix: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     return lambda state: {k if k == DIFFERENCE else prefix + k: v for k, v in state.items()}
 
@@ -191,7 +219,7 @@ def to_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------------------------- to diffusers
 def unet_levels(config: UNetConfig) -> tuple[int, int, set[int]]:
     """Levels, blocks and levels with attention: the arguments of `unet_table` and `control_table`."""
-    attention = {i for i in range(len(config.channel_mult)) if 2**i in config.attention_resolutions}
+    attention = {i for i in range(len(config.channel_mult)) if config.attends(i)}
     return len(config.channel_mult), config.num_res_blocks, attention
 
 
@@ -212,3 +240,10 @@ def text_to_transformers(text_encoder: dict[str, Tensor], layers: int) -> dict[s
     keep = tuple(f"encoder.layers.{i}." for i in range(layers))
     keep += ("embeddings.token_embedding.", "embeddings.position_embedding.", "final_layer_norm.")
     return {k: v for k, v in clip_spelling(text_encoder).items() if k.removeprefix("text_model.").startswith(keep)}
+
+
+def second_text_to_transformers(text_encoder: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """The second text encoder of SDXL, in OpenCLIP's names -> transformers' names, with the projection."""
+    names = {"text_projection": "text_projection.weight"}
+    projection = {name: text_encoder[k].T for k, name in names.items() if k in text_encoder}
+    return text_to_transformers(text_encoder, layers) | projection
