@@ -47,7 +47,7 @@ def parameters(request: Request, loaded: Loaded, picture: Picture) -> str:
     settings["Version"] = "minControlNet"
     line = ", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items() if value is not None)
     negative = f"\nNegative prompt: {request.negative_prompt}" if request.negative_prompt else ""
-    # a text chunk has no zero bytes, and UTF-8 no halves of characters
+    # a text chunk has no zero bytes, and UTF-8 no halves of characters (which a path may have)
     text = f"{picture.prompt}{negative}\n{line}".replace("\0", "\\0")
     return text.encode("utf-8", "backslashreplace").decode()
 
@@ -88,13 +88,14 @@ def _quoted(value: object) -> str:
 
 
 def read_parameters(path: str | Path) -> str | None:
-    """The settings in a PNG file; None if there is no such file, or no settings in it."""
+    """The settings in a PNG file; None if there is no such file, no settings in it, or no whole picture."""
     path = Path(path)
     if not path.is_file():
         return None
     try:
         with Image.open(path, formats=["PNG"]) as image:
             text = image.info.get(KEY)
+            image.load()
     except Exception:  # whatever a damaged file makes Pillow raise: it is no picture of ours
         return None
     return text if isinstance(text, str) else None

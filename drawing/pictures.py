@@ -12,6 +12,7 @@ A picture has the name of its hint. A ControlNet after the first takes the hint 
 """
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -28,7 +29,7 @@ from drawing.request import ControlRequest, Request
 from ldm import ModelConfig
 from training.images import DataError, Size, one_line, read_bytes
 
-SHEETS = ("grid", "contact")  # names that no picture gets, since the sheets have them
+CELLS = 40  # of a contact sheet
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def plan(request: Request, config: ModelConfig) -> list[Picture]:
             name = f"{number:04d}" if not request.is_list else f"{row.name}-{number}" if count > 1 else row.name
             pictures.append(make(name=name, seed=request.seed, number=number, strengths=strengths))
     tell_what_is_cut(pictures)
-    names = unique([p.name for p in pictures], taken=SHEETS)
+    names = unique([p.name for p in pictures], taken=sheet_names(request, len(pictures)))
     return [dataclasses.replace(p, name=name) for p, name in zip(pictures, names, strict=True)]
 
 
@@ -88,6 +89,26 @@ def grid(request: Request, make: Callable[..., Picture]) -> Iterable[Picture]:
         varied = [s for s, c in zip(strengths, request.controls, strict=True) if c.strengths]
         name = "_".join([f"seed{seed}", *(f"strength{s:.10g}" for s in varied)])
         yield make(name=name, seed=seed, number=request.first, strengths=strengths)
+
+
+def sheet_names(request: Request, count: int) -> list[str]:
+    """The names, without .png, of the tables of `count` pictures: grid, or contact, contact-2, ... for a list."""
+    if not request.is_list:
+        return ["grid"]
+    return [f"contact-{i}" if i > 1 else "contact" for i in range(1, 1 + math.ceil(count / CELLS))]
+
+
+def request_of(request: Request, picture: Picture) -> Request:
+    """The request for `picture` alone, one of those of `request`; its `command_line` makes the same picture again.
+
+    The same but for the last bits of a number, which depend on how many pictures are computed at once.
+    """
+    controls = tuple(
+        dataclasses.replace(control, hint=str(file.path), hints=None, strength=strength, strengths=())
+        for control, file, strength in zip(request.controls, picture.hints, picture.strengths, strict=True)
+    )
+    alone = dict(prompt=picture.prompt, prompts=None, num=1, first=picture.number, seed=picture.seed, seeds=())
+    return dataclasses.replace(request, controls=controls, overwrite=False, **alone)
 
 
 # ------------------------------------------------------------------------------------------------------------- lists
@@ -169,6 +190,8 @@ def read_prompts(file: str) -> list[tuple[str, str]]:
             prompt, source = entry.get("prompt"), entry.get("source", "")
             if not isinstance(prompt, str) or not isinstance(source, str):
                 raise DataError(f"{one_line(file)}, {place}: lacks the text prompt (and source, the name of its hint)")
+            if re.search("[\ud800-\udfff]", prompt):
+                raise DataError(f"{one_line(file)}, {place}: the prompt has half of a character")
             rows.append((Path(source.replace("\\", "/")).stem, prompt))
     else:
         try:

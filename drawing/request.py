@@ -96,12 +96,14 @@ class _BeginControl(argparse.Action):
 
 
 class _OfControl(argparse.Action):
-    """A flag of the ControlNet before it."""
+    """A flag of the ControlNet before it. An empty text is as no flag."""
 
     def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
         *before, group = namespace.groups
         if self.nargs == 0:
             value = not (option or "").startswith("--no-")
+        elif value == "":
+            return
         if self.dest == "hint" and before and "hint" in group:
             raise ConfigError(
                 f"--hint {value}: --control {group['control']} has a --hint already ({group['hint']}); each --hint of "
@@ -133,7 +135,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Help texts end in the default, if there is one to tell."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        told = action.default not in (None, "", False) and "default:" not in (action.help or "")
+        told = action.default not in (None, "") and action.default is not False and "default:" not in action.help
         return super()._get_help_string(action) if told else action.help
 
 
@@ -219,17 +221,23 @@ def parse(argv: Sequence[str] | None = None) -> Request:
     parser = build_parser()
     values = vars(parser.parse_args(argv))
     controls = control_requests(values["model"], values.pop("groups"))
-    if values["prompt"] is None and values["prompts"] is None and not any(c.hints for c in controls):
+    if values["prompt"] is None and not values["prompts"] and not any(c.hints for c in controls):
         parser.error("the following arguments are required: --prompt (or --prompts, or a data set at --hints)")
-    if "denoise" in values and values["init"] is None:
+    for name in ("prompt", "negative_prompt"):
+        if re.search("[\ud800-\udfff]", values[name] or ""):
+            raise ConfigError(f"{flag_name(name)} is {values[name]!r}, should be UTF-8 text")
+    if "denoise" in values and not values["init"]:
         raise ConfigError("--denoise says how much of the picture at --init is drawn anew; there is no --init")
-    request = Request(controls=controls, **values)
+    empty = {name: None for name in ("init", "prompts") if values[name] == ""}
+    request = Request(controls=controls, **values | empty)
     if request.is_grid and request.is_list:
         raise ConfigError(
             "a grid (--seeds, --strengths) is of one hint and one prompt; leave --hints and --prompts out"
         )
-    if request.seeds and (request.num is not None or request.first or request.seed):
-        raise ConfigError("--seeds names a picture for each seed; leave --seed, --num and --first out")
+    if request.is_grid and request.num is not None:
+        raise ConfigError(f"--num {request.num}: a grid has one picture in each cell; --seeds 0-3 gives it four rows")
+    if request.seeds and (request.first or request.seed):
+        raise ConfigError("--seeds names the seed of each row; leave --seed and --first out")
     if request.prompt is not None and request.prompts is not None:
         raise ConfigError("--prompt is one prompt for all pictures and --prompts a file of them; give one of the two")
     return request

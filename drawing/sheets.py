@@ -8,13 +8,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from drawing.loading import Loaded, read_hint
-from drawing.pictures import Picture
+from drawing.pictures import CELLS, Picture, sheet_names
 from drawing.request import Request
 from training.images import save_picture
 from training.records import INK, PAPER, hint_image, save_grid
 
 THUMBNAIL = 160  # pixels: the longer side
-COLUMNS, CELLS = 4, 40  # of a contact sheet
+COLUMNS = 4  # of a contact sheet
 GAP = 8
 
 
@@ -30,7 +30,7 @@ class Sheet:
 
     def __init__(self, request: Request, loaded: Loaded, pictures: Sequence[Picture]):
         self.request, self.loaded, self.pictures = request, loaded, pictures
-        self.names = contact_names(len(pictures)) if request.is_list else ["grid"]  # of the files, without .png
+        self.names = sheet_names(request, len(pictures))  # of the files, without .png
         self._shown: dict[str, list] = {}  # name of a picture -> its hints and itself; thumbnails in a list
 
     def add(self, picture: Picture, pixels: np.ndarray) -> None:
@@ -54,7 +54,8 @@ class Sheet:
         """Columns and captions for `save_grid`: the hints, and a column for each picture or for each strength."""
         pictures, prompt = self.pictures, self.request.prompt
         hints = self._shown[pictures[0].name][:-1]
-        columns = {f"hint {i}" if len(hints) > 1 else "hint": [hint] for i, hint in enumerate(hints, 1)}
+        rows = len({p.seed for p in pictures}) if self.request.is_grid else 1
+        columns = {f"hint {i}" if len(hints) > 1 else "hint": [hint] * rows for i, hint in enumerate(hints, 1)}
         if not self.request.is_grid:
             return columns | {p.name: self._shown[p.name][-1:] for p in pictures}, [prompt]
         varied = next((i for i, c in enumerate(self.request.controls) if c.strengths), None)
@@ -63,11 +64,6 @@ class Sheet:
             columns.setdefault(label, []).append(self._shown[p.name][-1])
         seeds = [f"seed {seed}" for seed in dict.fromkeys(p.seed for p in pictures)]
         return columns, [f"{seeds[0]}: {prompt}", *seeds[1:]]
-
-
-def contact_names(count: int) -> list[str]:
-    """The names of the contact sheets for `count` pictures, without .png: contact, contact-2, ..."""
-    return [f"contact-{i}" if i > 1 else "contact" for i in range(1, 1 + math.ceil(count / CELLS))]
 
 
 def save_contact_sheet(
