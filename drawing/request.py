@@ -22,7 +22,8 @@ from ldm import PRECISIONS
 from sampler import SOLVERS, SPACINGS
 from weights.runs import is_run
 
-MAX_SEEDS = 1000
+MAX_NUMBERS = 300  # of seeds or strengths
+MAX_IMAGES = 100_000  # of one command or row
 
 
 @dataclass(frozen=True)
@@ -118,16 +119,16 @@ def numbers(kind: type, text: str) -> tuple:
     for part in text.split(","):
         bounds = re.fullmatch(r"\s*(\d{1,18})\s*-\s*(\d{1,18})\s*", part) if kind is int else None
         first, last = map(int, bounds.groups()) if bounds else (0, -1)
-        if last - first >= MAX_SEEDS:
-            raise argparse.ArgumentTypeError(f"{part.strip()}: are more than {MAX_SEEDS}")
+        if last - first >= MAX_NUMBERS:
+            raise argparse.ArgumentTypeError(f"{part.strip()}: are more than {MAX_NUMBERS}")
         try:
             values += range(first, last + 1) if bounds else [number(kind)(part)]
         except ValueError as e:
             example = "0,1,2 or 0-2" if kind is int else "0,0.5,1"
             raise argparse.ArgumentTypeError(f"is {text[:100]!r}, should be numbers as {example}") from e
     values = tuple(dict.fromkeys(values))
-    if not 1 <= len(values) <= MAX_SEEDS:
-        raise argparse.ArgumentTypeError(f"names {len(values)} numbers, should be 1 to {MAX_SEEDS}")
+    if not 1 <= len(values) <= MAX_NUMBERS:
+        raise argparse.ArgumentTypeError(f"names {len(values)} numbers, should be 1 to {MAX_NUMBERS}")
     return values
 
 
@@ -178,7 +179,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a ControlNet: file, folder or run; it joins that of a run, and replaces that of a file")  # fmt: skip
     _add_control_flags(add, fraction)
     add = parser.add_argument_group("many pictures").add_argument
-    add("--num", type=count, help="number of images (default: 4; 1 of each row with --hints or --prompts)")
+    add("--num", type=number(int, 1, MAX_IMAGES), help="number of images (default: 4; 1 of each row with --hints or --prompts)")
     add("--first", type=number(int, 0), default=0, help="number of the first of them: 3 begins with the fourth")
     add("--batch-size", type=count, default=4, help="images drawn at once")
     add("--prompts", metavar="FILE",
