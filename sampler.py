@@ -101,7 +101,7 @@ def ddim_timesteps(steps: int, total: int = 1000, trailing: bool = False) -> np.
 SPACINGS = ("leading", "trailing", "linspace", "karras")
 
 
-def make_schedule(alphas: Tensor, steps: int, spacing: str = "leading") -> Schedule:
+def make_schedule(alphas: Tensor, steps: int, spacing: str = "leading", clean_end: bool = False) -> Schedule:
     """(timestep, alpha) of each of `steps` steps, from noise to image, and as a last entry where the last step ends.
 
     alphas (timesteps,): the model's noise schedule. Spacings, which say where the steps are:
@@ -113,11 +113,12 @@ def make_schedule(alphas: Tensor, steps: int, spacing: str = "leading") -> Sched
               little noise (Karras et al. 2022, equation 5); ends at alpha 1
 
     The timesteps of the last two are no whole numbers: log sigma is interpolated between the model's timesteps.
+    `clean_end`: the first two end at alpha 1 as well.
     """
     known, every = alphas.cpu().double().numpy(), np.arange(len(alphas))
     whole = ddim_timesteps(steps, len(alphas), trailing=spacing == "trailing")[::-1]
     if spacing in ("leading", "trailing"):
-        return [(int(t), float(known[t])) for t in whole] + [(0, float(known[0]))]
+        return [(int(t), float(known[t])) for t in whole] + [(0, 1.0 if clean_end else float(known[0]))]
     log_sigmas = 0.5 * (np.log1p(-known) - np.log(known))
     timesteps = np.linspace(len(alphas) - 1, 0, steps)
     if spacing == "karras":
@@ -195,6 +196,7 @@ def dpmpp_2m_step(step: SolverStep) -> Tensor:
 SOLVERS: dict[str, Callable[[SolverStep], Tensor]] = {
     "ddim": ddim_step, "dpm": dpmpp_2m_step, "euler": euler_step, "euler_a": euler_ancestral_step,
 }  # fmt: skip
+K_DIFFUSION = ("euler", "euler_a")  # solvers that users know from k-diffusion, with its schedule
 
 
 def denoise(
@@ -359,7 +361,13 @@ class Sampling:
 def usual_spacing(solver: str, config: ModelConfig) -> str:
     """The spacing of the steps that users expect of a solver: k-diffusion's for its solvers, else the original's, from
     the last timestep on where the schedule of the model ends in pure noise."""
-    return "linspace" if solver in ("euler", "euler_a") else "trailing" if config.zero_terminal_snr else "leading"
+    return "linspace" if solver in K_DIFFUSION else "trailing" if config.zero_terminal_snr else "leading"
+
+
+def schedule_for(settings: Sampling, config: ModelConfig) -> Schedule:
+    """The schedule of these settings for a model. The solvers of k-diffusion end without noise."""
+    spacing = usual_spacing(settings.solver, config) if settings.spacing == "auto" else settings.spacing
+    return make_schedule(alphas_cumprod(config), settings.steps, spacing, settings.solver in K_DIFFUSION)
 
 
 @torch.no_grad()
@@ -390,8 +398,7 @@ def sample(
     scale = model.config.guidance if settings.scale is None else settings.scale
     controls = [dataclasses.replace(control, hint=fit_hint(control.hint, size)) for control in controls]
     eps_model = make_cfg_model(model, context, negative, controls, scale, settings.guess_mode)
-    spacing = usual_spacing(settings.solver, model.config) if settings.spacing == "auto" else settings.spacing
-    schedule, x = make_schedule(alphas_cumprod(model.config), settings.steps, spacing), x.to(model.device)
+    schedule, x = schedule_for(settings, model.config), x.to(model.device)
     if init is not None:
         schedule = schedule[-1 - max(1, round(settings.denoise * settings.steps)) :]
         x = q_sample(init.to(x), x, torch.full((len(x),), schedule[0][1], device=x.device))
