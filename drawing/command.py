@@ -56,7 +56,7 @@ def tell_long_prompts(request: Request, loaded: Loaded, pictures: Sequence[Pictu
         long = [(text, n) for text, n in zip(texts, loaded.model.tokenizer.count(texts), strict=True) if n > limit]
         if long:
             of = f" of {prompts[long[0][0]].name}" if name == "the prompt" else ""
-            more = f" (and so it is with {len(long) - 1} others)" if len(long) > 1 else ""
+            more = f" ({len(long)} prompts are too long)" if len(long) > 1 else ""
             print(f"{name}{of} has {long[0][1]} tokens; the text encoder reads {limit}, the rest is cut off{more}")
 
 
@@ -69,7 +69,7 @@ def find_existing(request: Request, texts: Mapping[str, str]) -> set[str]:
     same = {name for name, path in paths.items() if path.exists() and read_parameters(path) == texts[name]}
     others = [path.name for name, path in paths.items() if path.exists() and name not in same]
     if others:
-        names = others[0] if len(others) == 1 else f"{others[0]} and {len(others) - 1} others"
-        print(f"{request.out}: {names} of other settings are replaced")
+        more = f" and {len(others) - 1} other{'s' * (len(others) > 2)}" if len(others) > 1 else ""
+        print(f"{request.out}: {others[0]}{more} of other settings are replaced")
     resumable = (request.is_list or request.is_grid) and not request.overwrite
     return same if resumable else set()

@@ -182,6 +182,8 @@ def read_prompts(file: str) -> list[tuple[str, str]]:
     Raises DataError.
     """
     path, rows = Path(file), []
+    if not path.exists():
+        raise DataError(f"{one_line(file)}: no such file of prompts")
     if path.suffix.lower() in (".json", ".jsonl"):
         for place, entry in data.read_json_lines(path):
             if isinstance(entry, DataError):

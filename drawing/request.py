@@ -179,11 +179,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="a ControlNet: file, folder or run; it joins that of a run, and replaces that of a file")  # fmt: skip
     _add_control_flags(add, fraction)
     add = parser.add_argument_group("many pictures").add_argument
-    add(
-        "--num",
-        type=number(int, 1, MAX_IMAGES),
-        help="number of images (default: 4; 1 of each row with --hints or --prompts)",
-    )
+    add("--num", type=number(int, 1, MAX_IMAGES),
+        help="number of images (default: 4; 1 of each row with --hints or --prompts)")  # fmt: skip
     add("--first", type=number(int, 0), default=0, help="number of the first of them: 3 begins with the fourth")
     add("--batch-size", type=count, default=4, help="images drawn at once")
     add("--prompts", metavar="FILE",

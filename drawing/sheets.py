@@ -60,7 +60,7 @@ class Sheet:
             return columns | {p.name: self._shown[p.name][-1:] for p in pictures}, [prompt]
         varied = next((i for i, c in enumerate(self.request.controls) if c.strengths), None)
         for p in pictures:
-            label = "picture" if varied is None else f"strength {p.strengths[varied]:g}"
+            label = "picture" if varied is None else f"strength {p.strengths[varied]:.10g}"
             columns.setdefault(label, []).append(self._shown[p.name][-1])
         seeds = [f"seed {seed}" for seed in dict.fromkeys(p.seed for p in pictures)]
         return columns, [f"{seeds[0]}: {prompt}", *seeds[1:]]
