@@ -1,6 +1,7 @@
 """Several ControlNets at once: loaded for a base, added up, and equal to diffusers' MultiControlNetModel."""
 
 import dataclasses
+import json
 import os
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DISABLE_TELEMETRY": "1"}
@@ -145,6 +146,15 @@ def test_a_controlnet_alone_is_the_one_that_a_whole_model_has(several):
         ours, theirs = net.state_dict(), whole.state_dict()
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
         assert not net.training and not any(p.requires_grad for p in net.parameters())
+    (pooled := paths[0].with_name("a_shuffle.safetensors")).write_bytes(paths[0].read_bytes())
+    plain, shuffle = load_controls([paths[0], pooled], model)  # the metadata of our own files comes before their names
+    assert not plain.global_pool and not shuffle.global_pool
+    settings = json.loads((paths[1] / "config.json").read_text())
+    (folder := pooled.with_name("pooled")).mkdir()
+    for file in paths[1].iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "config.json").write_text(json.dumps(settings | {"global_pool_conditions": True}))
+    assert load_control(folder, model).global_pool
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
     half = load_model(base).to(torch.bfloat16)  # a model that is on its device already

@@ -190,6 +190,18 @@ def test_the_v_model_draws_alike_in_diffusers():
     assert distance(ours, x) < 1e-3
 
 
+@torch.no_grad()
+def test_v_becomes_eps_by_the_alpha_between_timesteps(monkeypatch):
+    model, x, v = load_model("models/tiny_sd.safetensors"), torch.randn(1, 4, 4, 4), torch.randn(1, 4, 4, 4)
+    monkeypatch.setattr(type(model.unet), "forward", lambda self, x, t, context, control=None: v)
+    alphas, context = sampler.alphas_cumprod(model.config), torch.zeros(1, 77, 64)
+    for t in (0.5, 700.25):
+        eps = sampler.make_cfg_model(model, context, context, scale=1.0)(x, torch.tensor([t]))
+        sigmas = ((1 - alphas) / alphas).sqrt().numpy()
+        a = 1 / (1 + np.exp(np.interp(t, np.arange(1000), np.log(sigmas))) ** 2)
+        assert torch.allclose(eps, a**0.5 * v + (1 - a) ** 0.5 * x, atol=1e-5)
+
+
 # --------------------------------------------------------------------------------------------------- sample's settings
 @pytest.fixture(scope="module")
 def tiny():
