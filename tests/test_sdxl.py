@@ -206,6 +206,12 @@ def test_the_first_end_token_counts():
 
 
 # ----------------------------------------------------------------------------------------------------------- sampling
+def schedule(timesteps) -> list[tuple[int, float]]:
+    """These timesteps from high to low, and the end without noise."""
+    alphas = sampler.alphas_cumprod().double()
+    return [*((int(t), float(alphas[t])) for t in sorted(timesteps, reverse=True)), (0, 1.0)]
+
+
 @torch.no_grad()
 def test_sampling():
     """DDIM as for SD, and the two usual Eulers, which are DDIM over other timesteps with an end without noise."""
@@ -224,9 +230,9 @@ def test_sampling():
     assert distance(sampler.ddim(eps, x_T, 10), want["ddim"]) < 2e-4
     sgm = sampler.ddim_timesteps(10, trailing=True)
     assert sgm.tolist() == sorted(want["euler_sgm_timesteps"].tolist())
-    assert distance(sampler.ddim(eps, x_T, 10, timesteps=sgm, last_alpha=1.0), want["euler_sgm"]) < 2e-4
+    assert distance(sampler.ddim(eps, x_T, 10, schedule=schedule(sgm)), want["euler_sgm"]) < 2e-4
     leading = sampler.ddim_timesteps(10)
-    assert distance(sampler.ddim(eps, x_T, 10, timesteps=leading, last_alpha=1.0), want["euler_leading"]) < 2e-4
+    assert distance(sampler.ddim(eps, x_T, 10, schedule=schedule(leading)), want["euler_leading"]) < 2e-4
     # sample() hands both vectors on, and the negative side is the prompt's own without one
     settings = sampler.Sampling(steps=2, seed=3)
     draw = lambda **y: sampler.sample(whole, *named.values(), controls, (64, 64), settings, **y)
@@ -246,7 +252,7 @@ def test_steps():
             assert ours[1] == lists["sgm"]
         seen = []
         predict = lambda x, t: seen.append(t[0].item()) or x  # noqa: B023
-        sampler.ddim(predict, torch.randn(1, 4, 2, 2), int(count), timesteps=lists["sgm"][::-1], last_alpha=1.0)
+        sampler.ddim(predict, torch.randn(1, 4, 2, 2), int(count), schedule=schedule(lists["sgm"]))
         assert seen == lists["sgm"]
 
 

@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,15 @@ def hint_image(hint: Tensor) -> np.ndarray:
     return np.stack({1: channels * 3, 2: [*channels, black]}.get(len(channels), channels), axis=-1)
 
 
-def save_grid(path: str | Path, columns: dict[str, Sequence[np.ndarray]], captions: Sequence[str] = ()) -> None:
+def save_grid(
+    path: str | Path, columns: dict[str, Sequence[np.ndarray]], captions: Sequence[str] = (),
+    text: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
     """Save a table of pictures as the image file `path`.
 
     `columns`: label -> pictures (H,W,3) uint8, one a row; the table has room for the largest. `captions`: the text
-    under each row, broken to the width of the table. The file is written whole or not at all.
+    under each row, broken to the width of the table. `text`: see `save_picture`. The file is written whole or not at
+    all.
     """
     rows = max(len(images) for images in columns.values())
     heights = [max(images[row].shape[0] for images in columns.values() if row < len(images)) for row in range(rows)]
@@ -66,11 +70,11 @@ def save_grid(path: str | Path, columns: dict[str, Sequence[np.ndarray]], captio
             if row < len(images):
                 sheet.paste(Image.fromarray(images[row]), (gap + c * (column + gap), y))
         y += heights[row] if row < rows else 0
-        for text in lines:
-            draw.text((gap, y + 1), text, INK, font)
+        for caption in lines:
+            draw.text((gap, y + 1), caption, INK, font)
             y += line
         y += gap
-    save_picture(path, sheet)
+    save_picture(path, sheet, text)
 
 
 def _wrap(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:
