@@ -299,8 +299,8 @@ def make_cfg_model(
     alphas = alphas_cumprod(model.config, model.device)
     guided = scale != 1.0  # the batch of the UNet has two halves: prompts and negative prompts
     contexts = torch.cat([context, negative]) if guided else context
-    negative_y = y if negative_y is None else negative_y
-    ys = torch.cat([y, negative_y]) if guided and y is not None else y
+    only_y = {} if y is None else {"y": y}
+    both_ys = {"y": torch.cat([y, y if negative_y is None else negative_y])} if guided and only_y else only_y
     twice = lambda x: torch.cat([x, x])
     embeddings = [control.net.embed_hint(control.hint) for control in controls]  # once for all steps
 
@@ -312,7 +312,8 @@ def make_cfg_model(
                 guess = guess_mode or control.guess_mode
                 both_halves = guided and not (guess or control.net.global_pool)
                 inputs = map(twice, (x, embedding, t)) if both_halves else (x, embedding, t)
-                found = control.net.residuals(*inputs, *((contexts, ys) if both_halves else (context, y)))
+                prompted = (contexts, both_ys) if both_halves else (context, only_y)
+                found = control.net.residuals(*inputs, prompted[0], **prompted[1])
                 found = scale_residuals(found, control, guess and not control.net.global_pool)
                 if guided and not both_halves:
                     found = [torch.cat([r, torch.zeros_like(r)]) for r in found]
@@ -321,7 +322,7 @@ def make_cfg_model(
 
     def eps_model(x: Tensor, t: Tensor) -> Tensor:
         x2, t2 = (twice(x), twice(t)) if guided else (x, t)
-        out = model.unet(x2, t2, contexts, control=residuals(x, t), y=ys).to(x.dtype)
+        out = model.unet(x2, t2, contexts, control=residuals(x, t), **both_ys).to(x.dtype)
         if model.config.prediction == "v":
             a = alphas_at(alphas, t2).view(-1, 1, 1, 1)
             out = a.sqrt() * out + (1 - a).sqrt() * x2

@@ -75,9 +75,9 @@ def diffusion_loss(
     latents, noise, timesteps, context = (batch[name] for name in ("latents", "noise", "timesteps", "context"))
     alphas = alphas_cumprod(model.config, latents.device)[timesteps]  # (B,)
     x_t = q_sample(latents, noise, alphas)
-    y = batch.get("y")
-    residuals = model.control_model(x_t, batch["hint"], timesteps, context, y=y)
-    predicted = model.unet(x_t, timesteps, context, control=residuals, y=y).float()
+    y = {"y": batch["y"]} if "y" in batch else {}
+    residuals = model.control_model(x_t, batch["hint"], timesteps, context, **y)
+    predicted = model.unet(x_t, timesteps, context, control=residuals, **y).float()
     predicts_v = model.config.prediction == "v"
     target = (velocity(latents, noise, alphas) if predicts_v else noise).float()
     if huber:
