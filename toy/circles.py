@@ -7,6 +7,7 @@ did can be measured. Layout and look follow the `fill50k` data set of the Contro
 arXiv:2302.05543).
 
     python -m toy.circles make data/circles --count 5000 --size 128 --seed 0     write a data set in Fill50K's layout
+    python -m toy.circles make data/shapes --shapes 128x128 160x96 96x160        with pictures of three shapes in turn
     python -m toy.circles judge runs/demo                                        does the trained ControlNet obey?
 """
 
@@ -14,7 +15,7 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from config import default_device, device, number
 from ldm import ControlLDM
 from sampler import Control, Sampling, sample
 from training.console import protect_output
+from training.images import Size
 from training.records import save_grid, to_uint8
 from weights import CheckpointError, load_model
 from weights.runs import is_run, load_run
@@ -57,7 +59,8 @@ PALETTE = np.array(list(COLORS.values()), dtype=np.float32)  # (141,3), RGB 0..2
 
 @dataclass(frozen=True)
 class Circle:
-    """One item of the toy problem. Lengths are fractions of the image's side, so a circle can be drawn at any size."""
+    """One item of the toy problem. Lengths are fractions of the image's side, so a circle can be drawn at any size: the
+    radius one of the shorter side. Sizes are a side in pixels, or (width, height)."""
 
     x: float
     y: float
@@ -69,20 +72,22 @@ class Circle:
     def prompt(self) -> str:
         return f"{self.color} circle with {self.background} background"
 
-    def distance(self, size: int) -> np.ndarray:
-        """Distance of each pixel's center from the outline, in pixels, negative inside: (size,size) float32."""
-        axis = np.arange(size, dtype=np.float32) + 0.5
-        return np.hypot(axis[None, :] - self.x * size, axis[:, None] - self.y * size) - self.radius * size
+    def distance(self, size: int | Size) -> np.ndarray:
+        """Distance of each pixel's center from the outline, in pixels, negative inside: (height,width) float32."""
+        width, height = (size, size) if isinstance(size, int) else size
+        xs, ys = (np.arange(side, dtype=np.float32) + 0.5 for side in (width, height))
+        distance = np.hypot(xs[None, :] - self.x * width, ys[:, None] - self.y * height)
+        return distance - self.radius * min(width, height)
 
-    def disc(self, size: int) -> np.ndarray:
-        """The mask of the pixels whose centers lie inside the circle: (size,size) bool."""
+    def disc(self, size: int | Size) -> np.ndarray:
+        """The mask of the pixels whose centers lie inside the circle: (height,width) bool."""
         return self.distance(size) < 0
 
-    def draw(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Hint and target, (size,size,3) uint8, anti-aliased; the hint's outline is as thin as Fill50K's (5 of 512
+    def draw(self, size: int | Size) -> tuple[np.ndarray, np.ndarray]:
+        """Hint and target, (height,width,3) uint8, anti-aliased; the hint's outline is as thin as Fill50K's (5 of 512
         pixels)."""
         distance = self.distance(size)
-        outline = np.clip(max(1.25, size / 100) / 2 - np.abs(distance) + 0.5, 0, 1)
+        outline = np.clip(max(1.25, min(distance.shape) / 100) / 2 - np.abs(distance) + 0.5, 0, 1)
         inside = np.clip(0.5 - distance, 0, 1)[..., None]
         target = inside * COLORS[self.color] + (1 - inside) * COLORS[self.background]
         hint = np.repeat(outline[..., None] * 255, 3, axis=2)
@@ -101,8 +106,12 @@ def random_circle(seed: int, index: int) -> Circle:
     return Circle(float(x), float(y), float(rng.uniform(0.12, 0.5)), str(color), str(background))
 
 
-def make(out: str | Path, count: int = 2000, size: int = 128, seed: int = 0) -> None:
-    """Write `count` triples of `size` x `size` pixels to the folder `out` in Fill50K's layout."""
+def make(
+    out: str | Path, count: int = 2000, size: int = 128, seed: int = 0, shapes: Sequence[Size] | None = None
+) -> None:
+    """Write `count` triples of `size` x `size` pixels, or of `shapes` (width, height) in turn, to the folder `out` in
+    Fill50K's layout."""
+    shapes = shapes or [(size, size)]
     out, rows_file, lines = Path(out), Path(out) / "prompt.json", []
     for side in ("source", "target"):
         (out / side).mkdir(parents=True, exist_ok=True)
@@ -110,7 +119,7 @@ def make(out: str | Path, count: int = 2000, size: int = 128, seed: int = 0) -> 
     for i in tqdm(range(count), desc=f"drawing {out}", unit="pair", disable=None):
         circle = random_circle(seed, i)
         names = [f"source/{i}.png", f"target/{i}.png"]
-        for name, image in zip(names, circle.draw(size), strict=True):
+        for name, image in zip(names, circle.draw(shapes[i % len(shapes)]), strict=True):
             Image.fromarray(image).save(out / name, compress_level=1)
         lines.append(json.dumps({"source": names[0], "target": names[1], "prompt": circle.prompt}) + "\n")
     write_atomically(rows_file, lambda path: path.write_text("".join(lines)))  # last, when all images are there
@@ -146,7 +155,7 @@ def among_nearest(rgb: np.ndarray, name: str, count: int = 5) -> bool:
 
 
 def measure(image: np.ndarray, circle: Circle) -> Verdict:
-    """Judge `image` (S,S,3) uint8 against the circle that it should show.
+    """Judge `image` (H,W,3) uint8 against the circle that it should show.
 
     2-means, started at the two named colours, divides the pixels into two clusters; the cluster that started at the
     circle's colour is the drawn circle. The overlap is its intersection over union with the disc of `circle`; the drawn
@@ -159,7 +168,7 @@ def measure(image: np.ndarray, circle: Circle) -> Verdict:
         if drawn.all() or not drawn.any():
             break
         centers = np.stack([np.median(pixels[drawn], axis=0), np.median(pixels[~drawn], axis=0)])
-    disc = circle.disc(image.shape[0]).reshape(-1)
+    disc = circle.disc(image.shape[1::-1]).reshape(-1)
     iou = (drawn & disc).sum() / (drawn | disc).sum()
     colors_right = [
         bool(cluster.any()) and among_nearest(np.median(pixels[cluster], axis=0), name)
@@ -173,16 +182,16 @@ def draw_all(
     model: ControlLDM,
     circles: list[Circle],
     control: bool,
-    size: int,
+    size: int | Size,
     steps: int,
     progress: Callable[[int], Any] = lambda count: None,
 ) -> list[np.ndarray]:
-    """Draw an image (size,size,3) uint8 of each circle with the model's own guidance scale and seed 0.
+    """Draw an image (height,width,3) uint8 of each circle with the model's own guidance scale and seed 0.
 
     The model gets the circle's prompt and, with `control`, its hint. `progress` is called with the number of images
     that were finished since the last call.
     """
-    images, batch_size = [], 16
+    images, batch_size, size = [], 16, (size, size) if isinstance(size, int) else size
     for first in range(0, len(circles), batch_size):
         batch = circles[first : first + batch_size]
         context, negative = model.encode_prompts([c.prompt for c in batch]), model.encode_prompts([""])
@@ -192,14 +201,17 @@ def draw_all(
             hint = hint.expand(-1, model.control_model.hint_channels, -1, -1).to(model.device)
             controls = [Control(model.control_model, hint)]
         negative = negative.expand_as(context)
-        latents = sample(model, context, negative, controls, (size, size), Sampling(steps), first)
+        latents = sample(model, context, negative, controls, size, Sampling(steps), first)
         images += to_uint8(model.decode(latents))
         progress(len(batch))
     return images
 
 
-def judge(run: str | Path, count: int = 64, steps: int = 20, device: str = "cpu") -> dict[str, float]:
-    """Let a trained ControlNet draw `count` held-out circles, print how well it obeys, and return the figures.
+def judge(
+    run: str | Path, count: int = 64, steps: int = 20, device: str = "cpu", size: Size | None = None
+) -> dict[str, float]:
+    """Let a trained ControlNet draw `count` held-out circles, print how well it obeys, and return the figures. `size`:
+    (width, height) of the images; by itself that at which the run trained.
 
     `iou` and `base_iou`: mean overlap with the hint's disc, with control and for the base model alone (same prompts and
     noise); `colors`: the fraction of images in which each of the two named colours is among the five nearest to the
@@ -209,7 +221,7 @@ def judge(run: str | Path, count: int = 64, steps: int = 20, device: str = "cpu"
     if model.control_model is None:
         raise CheckpointError(f"{run}: has no ControlNet that could be judged")
     settings = load_run(run) if is_run(run) else {}
-    size = data.parse_resolution(settings.get("resolution", model.config.resolution))[0]
+    size = size or data.parse_resolution(settings.get("resolution", model.config.resolution))
     circles = held_out(count)
     with tqdm(total=2 * count, desc="drawing", unit="image", disable=None) as bar:
         base_images = draw_all(model, circles, False, size, steps, bar.update)
@@ -222,7 +234,8 @@ def judge(run: str | Path, count: int = 64, steps: int = 20, device: str = "cpu"
         "colors": float(np.mean([v.color_right and v.background_right for v in verdicts])),
     }
     print(
-        f"{run}: {count} held-out hints (in colours that can be told apart): mean IoU {figures['iou']:.3f} "
+        f"{run}: {count} held-out hints of {size[0]}x{size[1]} (in colours that can be told apart): mean IoU "
+        f"{figures['iou']:.3f} "
         f"(base alone {figures['base_iou']:.3f}), both colours right in {figures['colors']:.0%}"
     )
     if is_run(run):
@@ -249,17 +262,20 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--count", type=number(int, 1, 1e9), default=2000, help="number of pairs")
     p.add_argument("--size", type=number(int, 16, 16384), default=128, help="side of the images in pixels")
     p.add_argument("--seed", type=number(int, 0), default=0, help="equal seeds make equal data sets")
+    p.add_argument("--shapes", nargs="+", metavar="WxH", help="sizes of the images in turn, instead of squares")
     p = commands.add_parser("judge", help="measure a run", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("run", help="folder of a training run")
     p.add_argument("--count", type=number(int, 1), default=64, help="number of held-out hints")
     p.add_argument("--steps", type=number(int, 1, 999), default=20, help="denoising steps")
     p.add_argument("--device", type=device, default=default_device(), help="device that computes")
+    p.add_argument("--size", metavar="WxH", help="size of the images, by itself that of the run")
     args = parser.parse_args(argv)
     if args.command == "make":
-        make(args.out, args.count, args.size, args.seed)
-        print(f"{args.count} pairs of {args.size}x{args.size} in {args.out}")
+        shapes = [data.parse_resolution(text) for text in args.shapes or [args.size]]
+        make(args.out, args.count, args.size, args.seed, shapes)
+        print(f"{args.count} pairs of {', '.join(f'{w}x{h}' for w, h in shapes)} in {args.out}")
     else:
-        judge(args.run, args.count, args.steps, args.device)
+        judge(args.run, args.count, args.steps, args.device, args.size and data.parse_resolution(args.size))
 
 
 if __name__ == "__main__":

@@ -163,6 +163,21 @@ def sudden_convergence(steps: Sequence[int], gains: Sequence[float]) -> int | No
     return None
 
 
+def turned_at(steps: Sequence[int], losses: Sequence[float]) -> int | None:
+    """The step with the lowest validation loss, if the loss has turned since, or None.
+
+    It has turned if the three measurements after its lowest, or more, are all above that by 2% or more: validation
+    takes the same items, noise and timesteps each time, so it varies little between measurements of one model. A loss
+    that is lowest before the first step has not fallen yet.
+    """
+    if not losses:
+        return None
+    lowest = min(range(len(losses)), key=lambda k: losses[k] if math.isfinite(losses[k]) else math.inf)
+    after = losses[lowest + 1 :]
+    turned = len(after) >= 3 and all(loss > 1.02 * losses[lowest] for loss in after)
+    return steps[lowest] if turned and steps[lowest] > 0 else None
+
+
 # ------------------------------------------------------------------------------------------------------------ curves
 def save_curves(path: str | Path, metrics: Metrics) -> None:
     """Draw the loss (smoothed, over its raw values) and the control gain against the step, one above the other.
