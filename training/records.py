@@ -166,16 +166,16 @@ def sudden_convergence(steps: Sequence[int], gains: Sequence[float]) -> int | No
 def turned_at(steps: Sequence[int], losses: Sequence[float]) -> int | None:
     """The step with the lowest validation loss, if the loss has turned since, or None.
 
-    It has turned if the three measurements after its lowest, or more, are all above that by 2% or more: validation
-    takes the same items, noise and timesteps each time, so it varies little between measurements of one model. A loss
-    that is lowest before the first step has not fallen yet.
+    Validation takes the same items, noise and timesteps each time, but weights that move fast make the loss go up and
+    down by some percent. So means of three measurements in a row are compared: the loss has turned if the newest mean
+    is 5% or more above the lowest one, with which it has no measurement in common. A loss that is lowest before the
+    first step has not fallen yet.
     """
-    if not losses:
-        return None
-    lowest = min(range(len(losses)), key=lambda k: losses[k] if math.isfinite(losses[k]) else math.inf)
-    after = losses[lowest + 1 :]
-    turned = len(after) >= 3 and all(loss > 1.02 * losses[lowest] for loss in after)
-    return steps[lowest] if turned and steps[lowest] > 0 else None
+    steps, losses = _finite(steps, losses)
+    means = [sum(losses[k : k + 3]) / 3 for k in range(len(losses) - 2)]
+    lowest = min(range(len(losses)), key=losses.__getitem__, default=0)
+    turned = len(means) > 3 and means[-1] > 1.05 * min(means[:-3])
+    return steps[lowest] if turned and 0 < steps[lowest] < steps[-3] else None
 
 
 # ------------------------------------------------------------------------------------------------------------ curves

@@ -75,9 +75,7 @@ def report(
     lowest = turned_at(*metrics.series("val_loss"))
     if lowest is not None and (kept := list_checkpoints(run)):
         nearest = min(kept, key=lambda folder: abs(step_of(folder) - lowest))
-        print(
-            f"the validation loss was lowest at step {lowest}; of the checkpoints that are kept, {nearest} is nearest"
-        )
+        print(f"the validation loss was lowest at step {lowest}; the nearest checkpoint that was kept is {nearest}")
     python = os.path.relpath(sys.executable) if sys.executable.startswith(os.getcwd()) else "python"
     if saved == 0:
         print(f"stopped before the first checkpoint: {run} has nothing to resume from")
