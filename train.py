@@ -245,6 +245,8 @@ def train(
         }
         rows = dataset.row_digests() if isinstance(dataset, data.FolderDataset) else []
         state = read_state(folder, config, origin, rows, data_changed) if folder else None
+        if state:
+            config.bucket_batch = state["config"].get("bucket_batch", 0)  # the order of the samples stays as it was
         samples, validation_items, uncond = build_samples(config, model, dataset)
         trainer = build_trainer(config, model)
         trainer.rows = rows

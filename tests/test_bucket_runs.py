@@ -80,7 +80,8 @@ def test_another_batch_size_on_resume_still_sees_every_item_once_an_epoch(config
     run = train.train(dataclasses.replace(config, steps=2))
     resumed = train.parse(["--resume", str(run), "--batch-size", "6", "--steps", "7"])[0]
     assert (resumed.batch_size, resumed.bucket_batch) == (6, 4)
-    train.train(resumed, resume=run)
+    train.train(dataclasses.replace(resumed, bucket_batch=0), resume=run)  # as a script would call it
+    assert json.loads((run / "config.json").read_text())["bucket_batch"] == 4
     assert sorted(seen[:19]) == sorted(seen[19:38]) == list(range(19)) and len(seen) == 38
     for flags, name in ((["--no-buckets"], "buckets"), (["--bucket-batch", "6"], "bucket-batch")):
         with pytest.raises(ConfigError, match=f"--{name} cannot change on resume; it was"):
@@ -194,7 +195,10 @@ def test_own_data_sets_train_in_buckets(config, tmp_path, capsys):
     a = train.train(config)
     told = capsys.readouterr().out
     b = train.train(dataclasses.replace(config, data="", out=str(tmp_path / "b")), Own(config.data))
+    assert "hints have another size" not in told
     assert losses(a) == pytest.approx(losses(b), rel=1e-3)  # files are scaled as whole numbers
     assert "21 images in 5 of 7 buckets: 64x32: 7" in told and "21 images in 5 of 7 buckets" in capsys.readouterr().out
+    with pytest.raises(data.DataError, match="item 1 of the data set lacks 'jpg'"):
+        train.train(dataclasses.replace(config, data="", out=str(tmp_path / "d")), [Own(config.data)[0], dict(txt="p")])
     small = dataclasses.replace(config, data="", resolution="", out=str(tmp_path / "c"), steps=1)
     assert json.loads((train.train(small, Own(config.data)) / "config.json").read_text())["resolution"] == "128x128"
