@@ -12,6 +12,7 @@ arXiv:2302.05543).
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import sys
@@ -57,6 +58,11 @@ COLORS = {name: ImageColor.getrgb(name.replace(" ", "")) for name in " ".join(NA
 PALETTE = np.array(list(COLORS.values()), dtype=np.float32)  # (141,3), RGB 0..255, in the order of COLORS
 
 
+def sides(size: int | Size) -> Size:
+    """Width and height of an image whose size is a side in pixels, or (width, height)."""
+    return (size, size) if isinstance(size, int) else size
+
+
 @dataclass(frozen=True)
 class Circle:
     """One item of the toy problem. Lengths are fractions of the image's side, so a circle can be drawn at any size: the
@@ -74,7 +80,7 @@ class Circle:
 
     def distance(self, size: int | Size) -> np.ndarray:
         """Distance of each pixel's center from the outline, in pixels, negative inside: (height,width) float32."""
-        width, height = (size, size) if isinstance(size, int) else size
+        width, height = sides(size)
         xs, ys = (np.arange(side, dtype=np.float32) + 0.5 for side in (width, height))
         distance = np.hypot(xs[None, :] - self.x * width, ys[:, None] - self.y * height)
         return distance - self.radius * min(width, height)
@@ -83,15 +89,38 @@ class Circle:
         """The mask of the pixels whose centers lie inside the circle: (height,width) bool."""
         return self.distance(size) < 0
 
-    def draw(self, size: int | Size) -> tuple[np.ndarray, np.ndarray]:
-        """Hint and target, (height,width,3) uint8, anti-aliased; the hint's outline is as thin as Fill50K's (5 of 512
-        pixels)."""
-        distance = self.distance(size)
-        outline = np.clip(max(1.25, min(distance.shape) / 100) / 2 - np.abs(distance) + 0.5, 0, 1)
-        inside = np.clip(0.5 - distance, 0, 1)[..., None]
-        target = inside * COLORS[self.color] + (1 - inside) * COLORS[self.background]
-        hint = np.repeat(outline[..., None] * 255, 3, axis=2)
+    def draw(self, size: int | Size, kind: str = "outline") -> tuple[np.ndarray, np.ndarray]:
+        """Hint and target, (height,width,3) uint8, anti-aliased. `kind` of the hint: a key of HINTS."""
+        inside = np.clip(0.5 - self.distance(size), 0, 1)
+        target = inside[..., None] * COLORS[self.color] + (1 - inside[..., None]) * COLORS[self.background]
+        hint = np.repeat(HINTS[kind](self, size)[..., None] * 255, 3, axis=2)
         return hint.round().astype(np.uint8), target.round().astype(np.uint8)
+
+
+def outline(circle: Circle, size: int | Size) -> np.ndarray:
+    """A thin line around the disc, as thin as Fill50K's (5 of 512 pixels): (height,width) in [0,1]."""
+    distance = circle.distance(size)
+    return np.clip(max(1.25, min(distance.shape) / 100) / 2 - np.abs(distance) + 0.5, 0, 1)
+
+
+def layout(circle: Circle, size: int | Size) -> np.ndarray:
+    """The part of each of 16 x 16 cells that the disc covers, as a gray: (height,width) in [0,1]."""
+    width, height = sides(size)
+    across, down = -(-width // 16), -(-height // 16)  # pixels of a cell
+    covered = np.clip(0.5 - circle.distance((16 * across, 16 * down)), 0, 1).reshape(16, down, 16, across).mean((1, 3))
+    return covered.repeat(down, 0).repeat(across, 1)[:height, :width]
+
+
+def keypoints(circle: Circle, size: int | Size) -> np.ndarray:
+    """Dots at the disc's center and at the four ends of its axes, as far as they lie in the image: (height,width) in
+    [0,1]."""
+    x, y = (circle.radius * min(sides(size)) / side for side in sides(size))
+    offsets = ((0, 0), (x, 0), (-x, 0), (0, y), (0, -y))
+    dots = [dataclasses.replace(circle, x=circle.x + dx, y=circle.y + dy, radius=0.02) for dx, dy in offsets]
+    return np.max([np.clip(0.5 - dot.distance(size), 0, 1) for dot in dots], axis=0)
+
+
+HINTS = {"outline": outline, "layout": layout, "keypoints": keypoints}  # what a hint shows of a circle
 
 
 def random_circle(seed: int, index: int) -> Circle:
@@ -107,10 +136,15 @@ def random_circle(seed: int, index: int) -> Circle:
 
 
 def make(
-    out: str | Path, count: int = 2000, size: int = 128, seed: int = 0, shapes: Sequence[Size] | None = None
+    out: str | Path,
+    count: int = 2000,
+    size: int = 128,
+    seed: int = 0,
+    kind: str = "outline",
+    shapes: Sequence[Size] | None = None,
 ) -> None:
     """Write `count` triples of `size` x `size` pixels, or of `shapes` (width, height) in turn, to the folder `out` in
-    Fill50K's layout."""
+    Fill50K's layout. `kind`: see HINTS."""
     shapes = shapes or [(size, size)]
     out, rows_file, lines = Path(out), Path(out) / "prompt.json", []
     for side in ("source", "target"):
@@ -119,7 +153,7 @@ def make(
     for i in tqdm(range(count), desc=f"drawing {out}", unit="pair", disable=None):
         circle = random_circle(seed, i)
         names = [f"source/{i}.png", f"target/{i}.png"]
-        for name, image in zip(names, circle.draw(shapes[i % len(shapes)]), strict=True):
+        for name, image in zip(names, circle.draw(shapes[i % len(shapes)], kind), strict=True):
             Image.fromarray(image).save(out / name, compress_level=1)
         lines.append(json.dumps({"source": names[0], "target": names[1], "prompt": circle.prompt}) + "\n")
     write_atomically(rows_file, lambda path: path.write_text("".join(lines)))  # last, when all images are there
@@ -185,19 +219,20 @@ def draw_all(
     size: int | Size,
     steps: int,
     progress: Callable[[int], Any] = lambda count: None,
+    kind: str = "outline",
 ) -> list[np.ndarray]:
     """Draw an image (height,width,3) uint8 of each circle with the model's own guidance scale and seed 0.
 
-    The model gets the circle's prompt and, with `control`, its hint. `progress` is called with the number of images
-    that were finished since the last call.
+    The model gets the circle's prompt and, with `control`, its hint of a `kind` in HINTS. `progress` is called with the
+    number of images that were finished since the last call.
     """
-    images, batch_size, size = [], 16, (size, size) if isinstance(size, int) else size
+    images, batch_size, size = [], 16, sides(size)
     for first in range(0, len(circles), batch_size):
         batch = circles[first : first + batch_size]
         context, negative = model.encode_prompts([c.prompt for c in batch]), model.encode_prompts([""])
         controls = []
         if control:
-            hint = torch.stack([data.to_tensor(c.draw(size)[0][..., :1] / np.float32(255)) for c in batch])
+            hint = torch.stack([data.to_tensor(c.draw(size, kind)[0][..., :1] / np.float32(255)) for c in batch])
             hint = hint.expand(-1, model.control_model.hint_channels, -1, -1).to(model.device)
             controls = [Control(model.control_model, hint)]
         negative = negative.expand_as(context)
@@ -208,7 +243,12 @@ def draw_all(
 
 
 def judge(
-    run: str | Path, count: int = 64, steps: int = 20, device: str = "cpu", size: Size | None = None
+    run: str | Path,
+    count: int = 64,
+    steps: int = 20,
+    device: str = "cpu",
+    kind: str = "outline",
+    size: Size | None = None,
 ) -> dict[str, float]:
     """Let a trained ControlNet draw `count` held-out circles, print how well it obeys, and return the figures. `size`:
     (width, height) of the images; by itself that at which the run trained.
@@ -224,8 +264,8 @@ def judge(
     size = size or data.parse_resolution(settings.get("resolution", model.config.resolution))
     circles = held_out(count)
     with tqdm(total=2 * count, desc="drawing", unit="image", disable=None) as bar:
-        base_images = draw_all(model, circles, False, size, steps, bar.update)
-        control_images = draw_all(model, circles, True, size, steps, bar.update)
+        base_images = draw_all(model, circles, False, size, steps, bar.update, kind)
+        control_images = draw_all(model, circles, True, size, steps, bar.update, kind)
     verdicts = [measure(image, circle) for image, circle in zip(control_images, circles, strict=True)]
     base_verdicts = [measure(image, circle) for image, circle in zip(base_images, circles, strict=True)]
     figures = {
@@ -241,7 +281,7 @@ def judge(
     if is_run(run):
         shown = circles[:6]
         columns = {
-            "hint": [c.draw(size)[0] for c in shown],
+            "hint": [c.draw(size, kind)[0] for c in shown],
             "base alone": base_images[:6],
             "with control": control_images[:6],
             "ground truth": [c.draw(size)[1] for c in shown],
@@ -263,19 +303,22 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--size", type=number(int, 16, 16384), default=128, help="side of the images in pixels")
     p.add_argument("--seed", type=number(int, 0), default=0, help="equal seeds make equal data sets")
     p.add_argument("--shapes", nargs="+", metavar="WxH", help="sizes of the images in turn, instead of squares")
+    p.add_argument("--hint", choices=tuple(HINTS), default="outline", help="what the hints show of a circle")
     p = commands.add_parser("judge", help="measure a run", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("run", help="folder of a training run")
     p.add_argument("--count", type=number(int, 1), default=64, help="number of held-out hints")
     p.add_argument("--steps", type=number(int, 1, 999), default=20, help="denoising steps")
     p.add_argument("--device", type=device, default=default_device(), help="device that computes")
+    p.add_argument("--hint", choices=tuple(HINTS), default="outline", help="what the hints show of a circle")
     p.add_argument("--size", metavar="WxH", help="size of the images, by itself that of the run")
     args = parser.parse_args(argv)
     if args.command == "make":
         shapes = [data.parse_resolution(text) for text in args.shapes or [args.size]]
-        make(args.out, args.count, args.size, args.seed, shapes)
+        make(args.out, args.count, args.size, args.seed, args.hint, shapes)
         print(f"{args.count} pairs of {', '.join(f'{w}x{h}' for w, h in shapes)} in {args.out}")
     else:
-        judge(args.run, args.count, args.steps, args.device, args.size and data.parse_resolution(args.size))
+        size = data.parse_resolution(args.size) if args.size else None
+        judge(args.run, args.count, args.steps, args.device, args.hint, size)
 
 
 if __name__ == "__main__":
