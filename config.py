@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 import torch
 
 import data
-from ldm import PRECISIONS
+from ldm import PRECISIONS, TINY
 from lowvram.presets import PRESETS, allowed_weight_dtypes
 from lowvram.presets import resolve as resolve
 from training.distributed import world_size
@@ -301,6 +301,7 @@ class CommandLine(NamedTuple):
     plan: bool  # print what training would take, and train nothing
     vram: float | None  # memory of the GPU that is planned for, GiB
     rate: float | None  # images that this GPU trains on in a second
+    trial: bool = False  # no base was named: the data is tried on the tiny one
 
 
 def flag_name(name: str) -> str:
@@ -353,7 +354,8 @@ def add_flags(parser: argparse.ArgumentParser, names: Collection[str] = Config._
 def parse(argv: list[str] | None) -> CommandLine:
     """Flags -> what is asked for. Later sources win: defaults, demo or resumed run, flags."""
     parser = argparse.ArgumentParser(
-        description="Train a ControlNet. Without --base and --data: the demo, circles on the tiny base model.",
+        description="Train a ControlNet. Without --base and --data: the demo, circles on the tiny base model. With "
+        "--data alone: your own data on the tiny base model, as the demo trains.",
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder, or from one checkpoint of it")
@@ -377,6 +379,7 @@ def parse(argv: list[str] | None) -> CommandLine:
     given = vars(parser.parse_args(argv))
     once = ("resume", "overwrite", "data_changed", "plan", "vram", "rate")  # flags that are not settings of the run
     resume, overwrite, data_changed, plan, vram, rate = (given.pop(k, None) for k in once)
+    trial = not resume and "data" in given and "base" not in given
     if (vram or rate) and not plan:
         raise ConfigError("--vram and --rate belong to --plan, which is not given")
     if resume:
@@ -385,14 +388,20 @@ def parse(argv: list[str] | None) -> CommandLine:
         settings = resumed_settings(resume, given)
     elif "base" not in given and "data" not in given:
         settings = dict(DEMO)
+    elif trial:
+        name = Path(os.path.realpath(given["data"])).name
+        settings = DEMO | {"out": f"runs/{name}-tiny", "resolution": str(TINY.resolution)}
     elif "base" in given and plan:  # a plan needs no data
         settings = {"out": "runs/plan"}
     elif "base" in given and "data" in given:
         settings = {"out": f"runs/{Path(os.path.realpath(given['data'])).name}"}
     else:
-        raise ConfigError("give both --base (a Stable Diffusion file) and --data (a folder), or neither for the demo")
+        raise ConfigError(
+            "give both --base (a Stable Diffusion file) and --data (a folder); --data alone tries the data on the tiny "
+            "base model, and neither is the demo"
+        )
     config = Config(**(settings | given))
-    return CommandLine(config, resume, bool(overwrite), bool(data_changed), bool(plan), vram, rate)
+    return CommandLine(config, resume, bool(overwrite), bool(data_changed), bool(plan), vram, rate, trial)
 
 
 def resumed_settings(run: str, given: dict[str, Any]) -> dict[str, Any]:

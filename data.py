@@ -226,10 +226,7 @@ class ArrayDataset(Framed):
 
         `dataset[i]` is called once, so that the parts belong together even if the data set makes random items.
         """
-        item = self.dataset[i]
-        missing = [k for k in ("jpg", "txt", "hint") if k not in item]
-        if missing:
-            raise DataError(f"item {i} of the data set lacks {missing[0]!r} (it needs jpg, txt and hint)")
+        item = self._item(i)
         jpg = self._checked(i, "jpg", item["jpg"], 3, -1.0)
         hint = self._checked(i, "hint", item["hint"], self.hint_channels, 0.0)
         a, b = jpg.shape[1::-1], hint.shape[1::-1]
@@ -250,7 +247,7 @@ class ArrayDataset(Framed):
 
     def native_sizes(self) -> list[Size]:
         """(width, height) of all targets as they are, for which every item is loaded."""
-        return [np.shape(self.dataset[i]["jpg"])[1::-1] for i in range(len(self))]
+        return [np.shape(self._item(i)["jpg"])[1::-1] for i in range(len(self))]
 
     def target(self, i: int, variant: int = 0) -> np.ndarray:
         return self.load_item(i, variant=variant)["jpg"]
@@ -263,6 +260,13 @@ class ArrayDataset(Framed):
 
     def key(self, i: int, variant: int = 0) -> bytes:
         return digest(self.target(i, variant).tobytes(), self.size_of(i))
+
+    def _item(self, i: int) -> dict[str, Any]:
+        item = self.dataset[i]
+        missing = [k for k in ("jpg", "txt", "hint") if k not in item]
+        if missing:
+            raise DataError(f"item {i} of the data set lacks {missing[0]!r} (it needs jpg, txt and hint)")
+        return item
 
     @staticmethod
     def _checked(i: int, name: str, value: Any, channels: int, low: float) -> np.ndarray:

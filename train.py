@@ -51,7 +51,7 @@ from training.preparation import build_samples, open_dataset
 from training.records import Metrics, read_metrics
 from training.run_folder import RunFolder
 from training.setup import Trainer, build_trainer, update_ema, zero_grad
-from training.summary import print_summary, report
+from training.summary import print_summary, print_trial, report
 from training.validation import Validation
 from weights import CheckpointError, ModelSource, load_model
 from weights.runs import list_checkpoints, load_state, newest_checkpoint, run_of
@@ -247,6 +247,8 @@ def train(
         }
         rows = dataset.row_digests() if isinstance(dataset, data.FolderDataset) else []
         state = read_state(folder, config, origin, rows, data_changed) if folder else None
+        if state:
+            config.bucket_batch = state["config"].get("bucket_batch", 0)  # the order of the samples stays as it was
         samples, validation_items, uncond = build_samples(config, model, dataset)
         trainer = build_trainer(config, model)
         trainer.rows = rows
@@ -258,7 +260,7 @@ def train(
             run_folder.prepare(anew=not folder)
             metrics = Metrics(run, trainer.step, config.tensorboard)
             validation = Validation(trainer, samples, validation_items, uncond, loss_fn, run_folder, metrics)
-            print_summary(trainer, samples)
+            print_summary(trainer, samples, len(validation_items))
         end = trainer.samples + (config.steps - trainer.step) * config.batch
         loader = data.batches(
             samples, trainer.samples, end, config.batch_size, config.workers, "cuda" in config.device, ranks.rank,
@@ -270,7 +272,7 @@ def train(
         with checkpoint_on_error(run_folder, trainer, save) if ranks.main else contextlib.nullcontext():
             saved = training_loop(trainer, loader, weighted_loss, ranks, validation, save, interruption)
         if ranks.main:
-            report(run, saved, config.steps, metrics, samples, validation_items[0])
+            report(run, saved, config.steps, metrics, samples, validation_items[0], model.config.name)
             if saved < trainer.step:
                 raise CheckpointError(f"{run}: step {trainer.step} could not be saved; the last one saved is {saved}")
     return run
@@ -358,6 +360,8 @@ def main(argv: list[str] | None = None) -> None:
         return print(plan(command.config, command.vram, rate))
     if command.config.data == DEMO["data"] and not data.is_dataset(DEMO["data"]):
         circles.make(DEMO["data"])
+    if command.trial:
+        print_trial(command.config)
     train(command.config, None, command.resume, command.overwrite, command.data_changed)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from training.records import BLUE, Metrics, save_curves, save_grid
+from training.records import BLUE, Metrics, save_curves, save_grid, turned_at
 
 
 def metrics_of(tmp_path, losses, gains=()) -> Metrics:
@@ -72,3 +72,36 @@ def test_grids_and_curves_are_whole_or_absent(tmp_path, monkeypatch):
         with pytest.raises(OSError):
             save()
     assert [p.name for p in tmp_path.rglob("*.*")] == ["metrics.jsonl"]
+
+
+def test_a_grid_has_room_for_pictures_of_any_size(tmp_path):
+    """No picture covers another or leaves the table: each colour has as many pixels as its picture."""
+    sizes = [(120, 20), (30, 90), (64, 64), (8, 8)]
+    pictures = [np.full((h, w, 3), (10 * k + 60, 90, 200), np.uint8) for k, (w, h) in enumerate(sizes)]
+    save_grid(tmp_path / "g.png", {"a": pictures[:2], "b": pictures[2:]}, ["first", "second"])
+    pixels = np.asarray(Image.open(tmp_path / "g.png").convert("RGB"))
+    for picture in pictures:
+        places = np.argwhere((pixels == picture[0, 0]).all(-1))
+        low, high = places.min(0), places.max(0) + 1
+        assert tuple(high - low) == picture.shape[:2] and len(places) == picture.shape[0] * picture.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("losses", "turned"),
+    [
+        ([9, 8, 7, 6, 5, 5.4, 5.8, 6.2, 6.6], 4),
+        ([9, 8, 7, 6, 5, 5.4, 5.8], None),  # not three of them yet
+        ([9, 8, 7, 6, 5, 5.05, 4.95, 5.05, 5.1, 5.0, 5.1], None),  # flat, with noise
+        # what a run on 300 circles measured every 50 steps: up and down by 8%, and down in the end
+        ([728, 768, 828, 722, 614, 445, 469, 479, 458, 394, 341, 355, 351, 324, 294, 308, 264], None),
+        ([7.0, 7.7, 8.3, 8.4, 8.5, 8.6, 8.7], None),  # has not fallen yet
+        ([9, 8, float("nan"), 7, 6, 5, 5.5, 6, 6.5, 7], 5),
+        ([float("nan")] * 9, None),
+        ([1.0], None),
+        ([], None),
+    ],
+)
+def test_when_the_validation_loss_has_turned(losses, turned):
+    assert turned_at(range(len(losses)), losses) == turned
+    for count in range(len(losses)):  # and it is not said before its time
+        assert turned_at(range(count), losses[:count]) is None or count > turned + 3

@@ -7,6 +7,7 @@ did can be measured. Layout and look follow the `fill50k` data set of the Contro
 arXiv:2302.05543).
 
     python -m toy.circles make data/circles --count 5000 --size 128 --seed 0     write a data set in Fill50K's layout
+    python -m toy.circles make data/shapes --shapes 128x128 160x96 96x160        with pictures of three shapes in turn
     python -m toy.circles judge runs/demo                                        does the trained ControlNet obey?
 """
 
@@ -15,7 +16,7 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from config import default_device, device, number
 from ldm import ControlLDM
 from sampler import Control, Sampling, sample
 from training.console import protect_output
+from training.images import Size
 from training.records import save_grid, to_uint8
 from weights import CheckpointError, load_model
 from weights.runs import is_run, load_run
@@ -56,9 +58,15 @@ COLORS = {name: ImageColor.getrgb(name.replace(" ", "")) for name in " ".join(NA
 PALETTE = np.array(list(COLORS.values()), dtype=np.float32)  # (141,3), RGB 0..255, in the order of COLORS
 
 
+def sides(size: int | Size) -> Size:
+    """Width and height of an image whose size is a side in pixels, or (width, height)."""
+    return (size, size) if isinstance(size, int) else size
+
+
 @dataclass(frozen=True)
 class Circle:
-    """One item of the toy problem. Lengths are fractions of the image's side, so a circle can be drawn at any size."""
+    """One item of the toy problem. Lengths are fractions of the image's side, so a circle can be drawn at any size: the
+    radius one of the shorter side. Sizes are a side in pixels, or (width, height)."""
 
     x: float
     y: float
@@ -70,41 +78,45 @@ class Circle:
     def prompt(self) -> str:
         return f"{self.color} circle with {self.background} background"
 
-    def distance(self, size: int) -> np.ndarray:
-        """Distance of each pixel's center from the outline, in pixels, negative inside: (size,size) float32."""
-        axis = np.arange(size, dtype=np.float32) + 0.5
-        return np.hypot(axis[None, :] - self.x * size, axis[:, None] - self.y * size) - self.radius * size
+    def distance(self, size: int | Size) -> np.ndarray:
+        """Distance of each pixel's center from the outline, in pixels, negative inside: (height,width) float32."""
+        width, height = sides(size)
+        xs, ys = (np.arange(side, dtype=np.float32) + 0.5 for side in (width, height))
+        distance = np.hypot(xs[None, :] - self.x * width, ys[:, None] - self.y * height)
+        return distance - self.radius * min(width, height)
 
-    def disc(self, size: int) -> np.ndarray:
-        """The mask of the pixels whose centers lie inside the circle: (size,size) bool."""
+    def disc(self, size: int | Size) -> np.ndarray:
+        """The mask of the pixels whose centers lie inside the circle: (height,width) bool."""
         return self.distance(size) < 0
 
-    def draw(self, size: int, kind: str = "outline") -> tuple[np.ndarray, np.ndarray]:
-        """Hint and target, (size,size,3) uint8, anti-aliased. `kind` of the hint: a key of HINTS."""
+    def draw(self, size: int | Size, kind: str = "outline") -> tuple[np.ndarray, np.ndarray]:
+        """Hint and target, (height,width,3) uint8, anti-aliased. `kind` of the hint: a key of HINTS."""
         inside = np.clip(0.5 - self.distance(size), 0, 1)
         target = inside[..., None] * COLORS[self.color] + (1 - inside[..., None]) * COLORS[self.background]
         hint = np.repeat(HINTS[kind](self, size)[..., None] * 255, 3, axis=2)
         return hint.round().astype(np.uint8), target.round().astype(np.uint8)
 
 
-def outline(circle: Circle, size: int) -> np.ndarray:
-    """A thin line around the disc, as thin as Fill50K's (5 of 512 pixels): (size,size) in [0,1]."""
-    return np.clip(max(1.25, size / 100) / 2 - np.abs(circle.distance(size)) + 0.5, 0, 1)
+def outline(circle: Circle, size: int | Size) -> np.ndarray:
+    """A thin line around the disc, as thin as Fill50K's (5 of 512 pixels): (height,width) in [0,1]."""
+    distance = circle.distance(size)
+    return np.clip(max(1.25, min(distance.shape) / 100) / 2 - np.abs(distance) + 0.5, 0, 1)
 
 
-def layout(circle: Circle, size: int) -> np.ndarray:
-    """The part of each of 16 x 16 cells that the disc covers, as a gray: (size,size) in [0,1]."""
-    cell = -(-size // 16)
-    covered = np.clip(0.5 - circle.distance(16 * cell), 0, 1).reshape(16, cell, 16, cell).mean((1, 3))
-    return covered.repeat(cell, 0).repeat(cell, 1)[:size, :size]
+def layout(circle: Circle, size: int | Size) -> np.ndarray:
+    """The part of each of 16 x 16 cells that the disc covers, as a gray: (height,width) in [0,1]."""
+    width, height = sides(size)
+    across, down = -(-width // 16), -(-height // 16)  # pixels of a cell
+    covered = np.clip(0.5 - circle.distance((16 * across, 16 * down)), 0, 1).reshape(16, down, 16, across).mean((1, 3))
+    return covered.repeat(down, 0).repeat(across, 1)[:height, :width]
 
 
-def keypoints(circle: Circle, size: int) -> np.ndarray:
-    """Dots at the disc's center and at the four ends of its axes, as far as they lie in the image: (size,size) in
+def keypoints(circle: Circle, size: int | Size) -> np.ndarray:
+    """Dots at the disc's center and at the four ends of its axes, as far as they lie in the image: (height,width) in
     [0,1]."""
-    offsets = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))
-    dots = [dataclasses.replace(circle, x=circle.x + circle.radius * dx, y=circle.y + circle.radius * dy, radius=0.02)
-            for dx, dy in offsets]  # fmt: skip
+    x, y = (circle.radius * min(sides(size)) / side for side in sides(size))
+    offsets = ((0, 0), (x, 0), (-x, 0), (0, y), (0, -y))
+    dots = [dataclasses.replace(circle, x=circle.x + dx, y=circle.y + dy, radius=0.02) for dx, dy in offsets]
     return np.max([np.clip(0.5 - dot.distance(size), 0, 1) for dot in dots], axis=0)
 
 
@@ -123,8 +135,17 @@ def random_circle(seed: int, index: int) -> Circle:
     return Circle(float(x), float(y), float(rng.uniform(0.12, 0.5)), str(color), str(background))
 
 
-def make(out: str | Path, count: int = 2000, size: int = 128, seed: int = 0, kind: str = "outline") -> None:
-    """Write `count` triples of `size` x `size` pixels to the folder `out` in Fill50K's layout. `kind`: see HINTS."""
+def make(
+    out: str | Path,
+    count: int = 2000,
+    size: int = 128,
+    seed: int = 0,
+    kind: str = "outline",
+    shapes: Sequence[Size] | None = None,
+) -> None:
+    """Write `count` triples of `size` x `size` pixels, or of `shapes` (width, height) in turn, to the folder `out` in
+    Fill50K's layout. `kind`: see HINTS."""
+    shapes = shapes or [(size, size)]
     out, rows_file, lines = Path(out), Path(out) / "prompt.json", []
     for side in ("source", "target"):
         (out / side).mkdir(parents=True, exist_ok=True)
@@ -132,7 +153,7 @@ def make(out: str | Path, count: int = 2000, size: int = 128, seed: int = 0, kin
     for i in tqdm(range(count), desc=f"drawing {out}", unit="pair", disable=None):
         circle = random_circle(seed, i)
         names = [f"source/{i}.png", f"target/{i}.png"]
-        for name, image in zip(names, circle.draw(size, kind), strict=True):
+        for name, image in zip(names, circle.draw(shapes[i % len(shapes)], kind), strict=True):
             Image.fromarray(image).save(out / name, compress_level=1)
         lines.append(json.dumps({"source": names[0], "target": names[1], "prompt": circle.prompt}) + "\n")
     write_atomically(rows_file, lambda path: path.write_text("".join(lines)))  # last, when all images are there
@@ -168,7 +189,7 @@ def among_nearest(rgb: np.ndarray, name: str, count: int = 5) -> bool:
 
 
 def measure(image: np.ndarray, circle: Circle) -> Verdict:
-    """Judge `image` (S,S,3) uint8 against the circle that it should show.
+    """Judge `image` (H,W,3) uint8 against the circle that it should show.
 
     2-means, started at the two named colours, divides the pixels into two clusters; the cluster that started at the
     circle's colour is the drawn circle. The overlap is its intersection over union with the disc of `circle`; the drawn
@@ -181,7 +202,7 @@ def measure(image: np.ndarray, circle: Circle) -> Verdict:
         if drawn.all() or not drawn.any():
             break
         centers = np.stack([np.median(pixels[drawn], axis=0), np.median(pixels[~drawn], axis=0)])
-    disc = circle.disc(image.shape[0]).reshape(-1)
+    disc = circle.disc(image.shape[1::-1]).reshape(-1)
     iou = (drawn & disc).sum() / (drawn | disc).sum()
     colors_right = [
         bool(cluster.any()) and among_nearest(np.median(pixels[cluster], axis=0), name)
@@ -195,17 +216,17 @@ def draw_all(
     model: ControlLDM,
     circles: list[Circle],
     control: bool,
-    size: int,
+    size: int | Size,
     steps: int,
     progress: Callable[[int], Any] = lambda count: None,
     kind: str = "outline",
 ) -> list[np.ndarray]:
-    """Draw an image (size,size,3) uint8 of each circle with the model's own guidance scale and seed 0.
+    """Draw an image (height,width,3) uint8 of each circle with the model's own guidance scale and seed 0.
 
     The model gets the circle's prompt and, with `control`, its hint of a `kind` in HINTS. `progress` is called with the
     number of images that were finished since the last call.
     """
-    images, batch_size = [], 16
+    images, batch_size, size = [], 16, sides(size)
     for first in range(0, len(circles), batch_size):
         batch = circles[first : first + batch_size]
         context, negative = model.encode_prompts([c.prompt for c in batch]), model.encode_prompts([""])
@@ -215,16 +236,22 @@ def draw_all(
             hint = hint.expand(-1, model.control_model.hint_channels, -1, -1).to(model.device)
             controls = [Control(model.control_model, hint)]
         negative = negative.expand_as(context)
-        latents = sample(model, context, negative, controls, (size, size), Sampling(steps), first)
+        latents = sample(model, context, negative, controls, size, Sampling(steps), first)
         images += to_uint8(model.decode(latents))
         progress(len(batch))
     return images
 
 
 def judge(
-    run: str | Path, count: int = 64, steps: int = 20, device: str = "cpu", kind: str = "outline"
+    run: str | Path,
+    count: int = 64,
+    steps: int = 20,
+    device: str = "cpu",
+    kind: str = "outline",
+    size: Size | None = None,
 ) -> dict[str, float]:
-    """Let a trained ControlNet draw `count` held-out circles, print how well it obeys, and return the figures.
+    """Let a trained ControlNet draw `count` held-out circles, print how well it obeys, and return the figures. `size`:
+    (width, height) of the images; by itself that at which the run trained.
 
     `iou` and `base_iou`: mean overlap with the hint's disc, with control and for the base model alone (same prompts and
     noise); `colors`: the fraction of images in which each of the two named colours is among the five nearest to the
@@ -234,7 +261,7 @@ def judge(
     if model.control_model is None:
         raise CheckpointError(f"{run}: has no ControlNet that could be judged")
     settings = load_run(run) if is_run(run) else {}
-    size = data.parse_resolution(settings.get("resolution", model.config.resolution))[0]
+    size = size or data.parse_resolution(settings.get("resolution", model.config.resolution))
     circles = held_out(count)
     with tqdm(total=2 * count, desc="drawing", unit="image", disable=None) as bar:
         base_images = draw_all(model, circles, False, size, steps, bar.update, kind)
@@ -247,7 +274,8 @@ def judge(
         "colors": float(np.mean([v.color_right and v.background_right for v in verdicts])),
     }
     print(
-        f"{run}: {count} held-out hints (in colours that can be told apart): mean IoU {figures['iou']:.3f} "
+        f"{run}: {count} held-out hints of {size[0]}x{size[1]} (in colours that can be told apart): mean IoU "
+        f"{figures['iou']:.3f} "
         f"(base alone {figures['base_iou']:.3f}), both colours right in {figures['colors']:.0%}"
     )
     if is_run(run):
@@ -274,6 +302,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--count", type=number(int, 1, 1e9), default=2000, help="number of pairs")
     p.add_argument("--size", type=number(int, 16, 16384), default=128, help="side of the images in pixels")
     p.add_argument("--seed", type=number(int, 0), default=0, help="equal seeds make equal data sets")
+    p.add_argument("--shapes", nargs="+", metavar="WxH", help="sizes of the images in turn, instead of squares")
     p.add_argument("--hint", choices=tuple(HINTS), default="outline", help="what the hints show of a circle")
     p = commands.add_parser("judge", help="measure a run", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("run", help="folder of a training run")
@@ -281,12 +310,15 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--steps", type=number(int, 1, 999), default=20, help="denoising steps")
     p.add_argument("--device", type=device, default=default_device(), help="device that computes")
     p.add_argument("--hint", choices=tuple(HINTS), default="outline", help="what the hints show of a circle")
+    p.add_argument("--size", metavar="WxH", help="size of the images, by itself that of the run")
     args = parser.parse_args(argv)
     if args.command == "make":
-        make(args.out, args.count, args.size, args.seed, args.hint)
-        print(f"{args.count} pairs of {args.size}x{args.size} in {args.out}")
+        shapes = [data.parse_resolution(text) for text in args.shapes or [args.size]]
+        make(args.out, args.count, args.size, args.seed, args.hint, shapes)
+        print(f"{args.count} pairs of {', '.join(f'{w}x{h}' for w, h in shapes)} in {args.out}")
     else:
-        judge(args.run, args.count, args.steps, args.device, args.hint)
+        size = data.parse_resolution(args.size) if args.size else None
+        judge(args.run, args.count, args.steps, args.device, args.hint, size)
 
 
 if __name__ == "__main__":

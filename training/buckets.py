@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from training.images import DataError, Framing, Size, fraction_cut
 from training.randomness import derive_seed
@@ -90,11 +92,11 @@ def describe_buckets(natives: Sequence[Size], buckets: Sequence[Size], places: S
     cut = [fraction_cut(native, size) for native, size in zip(natives, chosen, strict=True)]
     most = int(np.argmax(cut))
     (width, height), size = natives[most], chosen[most]
-    return [
-        f"{len(natives)} rows in {len(used)} of {len(buckets)} buckets: {listed}",
-        f"{cut[most]:.1%} of an image is cut off at most ({places[most]}: {width}x{height} in {size[0]}x{size[1]}), "
-        f"{sum(cut) / len(cut):.1%} on average",
-    ]
+    lines = [f"{len(natives)} images in {len(used)} of {len(buckets)} buckets: {listed}"]
+    if cut[most] < 5e-4:
+        return [*lines, "nothing of them is cut off"]
+    where = f"{places[most]}: {width}x{height} in {size[0]}x{size[1]}"
+    return [*lines, f"{cut[most]:.1%} of an image is cut off at most ({where}), {sum(cut) / len(cut):.1%} on average"]
 
 
 def _nearest_of_all(natives: Iterable[Size], buckets: Sequence[Size]) -> list[Size]:
@@ -150,7 +152,7 @@ class Framed:
     """What the data sets of `data.py` have in common: how their items are framed.
 
     A data set alone brings all images to its `size`, in the middle; a run sets `framings`, and then the items also have
-    `sizes`, the numbers of `Framing.numbers` as (6,) float32.
+    `sizes`, a tensor (6,) float32 of `Framing.numbers`.
     """
 
     size: Size | None
@@ -169,6 +171,6 @@ class Framed:
         """How a variant of item i is framed; `native` as in `Framings.framing`."""
         return self.framings.framing(i, variant, native) if self.framings else Framing(native, self.size or native)
 
-    def told_sizes(self, framing: Framing) -> dict[str, np.ndarray]:
+    def told_sizes(self, framing: Framing) -> dict[str, Tensor]:
         """`sizes` of an item that is framed so, if the items of this data set have that."""
-        return {"sizes": np.array(framing.numbers, dtype=np.float32)} if self.framings else {}
+        return {"sizes": torch.tensor(framing.numbers, dtype=torch.float32)} if self.framings else {}

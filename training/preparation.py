@@ -50,7 +50,12 @@ def frame_items(
     Writes the size to `config.resolution`; buckets have about the area of this size.
     """
     from_files = isinstance(dataset, data.FolderDataset)
-    native = dataset.sizes(0)[1] if from_files else np.shape(dataset[0]["jpg"])[1::-1]
+    if from_files:
+        hint, native = dataset.sizes(0)
+    else:
+        first = dataset[0]
+        native = np.shape(first["jpg"])[1::-1]
+        hint = np.shape(first.get("hint", first["jpg"]))[1::-1]  # an item without a hint is told of later
     wanted = config.resolution or (str(model_config.resolution) if config.buckets else "")
     size = data.choose_size(wanted, native, model_config.multiple)
     config.resolution = f"{size[0]}x{size[1]}"
@@ -62,10 +67,10 @@ def frame_items(
         lines = remarks(dataset, size, buckets)
     else:
         dataset = data.ArrayDataset(dataset, size, config.hint_channels, config.hint_resample)
-        lines = []
+        lines = [] if hint == native else ["hints have another size than their targets and are resized to it"]
     natives = dataset.native_sizes() if from_files or buckets else []
-    if buckets and not lines:
-        lines = describe_buckets(natives, buckets, [f"item {i}" for i in range(len(natives))])
+    if buckets and not from_files:
+        lines += describe_buckets(natives, buckets, [f"item {i}" for i in range(len(natives))])
     for line in lines:
         print(line)
     dataset.framings = Framings(

@@ -167,6 +167,21 @@ def sudden_convergence(steps: Sequence[int], gains: Sequence[float]) -> int | No
     return None
 
 
+def turned_at(steps: Sequence[int], losses: Sequence[float]) -> int | None:
+    """The step with the lowest validation loss, if the loss has turned since, or None.
+
+    Validation takes the same items, noise and timesteps each time, but weights that move fast make the loss go up and
+    down by some percent. So means of three measurements in a row are compared: the loss has turned if the newest mean
+    is 5% or more above the lowest one, with which it has no measurement in common. A loss that is lowest before the
+    first step has not fallen yet.
+    """
+    steps, losses = _finite(steps, losses)
+    means = [sum(losses[k : k + 3]) / 3 for k in range(len(losses) - 2)]
+    lowest = min(range(len(losses)), key=losses.__getitem__, default=0)
+    turned = len(means) > 3 and means[-1] > 1.05 * min(means[:-3])
+    return steps[lowest] if turned and 0 < steps[lowest] < steps[-3] else None
+
+
 # ------------------------------------------------------------------------------------------------------------ curves
 def save_curves(path: str | Path, metrics: Metrics) -> None:
     """Draw the loss (smoothed, over its raw values) and the control gain against the step, one above the other.

@@ -21,7 +21,15 @@ from tqdm import tqdm
 import data
 from sampler import Control, Sampling, sample
 from training.cache import prepare_batch
-from training.records import Metrics, hint_image, save_curves, save_grid, sudden_convergence, to_uint8
+from training.records import (
+    Metrics,
+    hint_image,
+    save_curves,
+    save_grid,
+    sudden_convergence,
+    to_uint8,
+    turned_at,
+)
 from training.run_folder import RunFolder
 from training.setup import Trainer, ema_weights
 
@@ -104,7 +112,9 @@ class Validation:
         gain = 1 - right / other
         self.record(step, val_loss=right, val_loss_other_hints=other, control_gain=gain)
         self.last_gain = f", control gain {gain:.3f}"
-        tqdm.write(f"step {step}: validation loss {right:.4f}, control gain {gain:.3f}")
+        lowest = turned_at(*self.metrics.series("val_loss"))
+        turned = f"; the validation loss has risen since step {lowest}" if lowest is not None else ""
+        tqdm.write(f"step {step}: validation loss {right:.4f}, control gain {gain:.3f}{turned}")
         jump = sudden_convergence(*self.metrics.series("control_gain"))
         if jump is not None and not self.converged:
             self.converged = True
