@@ -383,6 +383,15 @@ def test_what_works_where_is_said(tmp_path, capsys):
     assert "blocks" not in said_of("mine.safetensors", SD15, tmp_path, capsys)
 
 
+def test_a_rounded_unet_does_not_round_its_copy(exported):
+    """The frozen UNet may be kept in 16 bits from the start; everything else is as if it were not."""
+    source = ModelSource(exported[1] / "base.safetensors", attach=True)
+    whole, rounded = load_model(source), load_model(source, unet_dtype=torch.bfloat16)
+    ours, wanted = rounded.state_dict(), whole.state_dict()
+    assert equal(ours, {k: v.bfloat16() if k.startswith(UNET) else v for k, v in wanted.items()})
+    assert rounded.unet.dtype == torch.bfloat16 and rounded.control_model.dtype == torch.float32
+
+
 # -------------------------------------------------------------------------------------------------- smaller ControlNets
 def test_depths_as_text():
     for text, depth in {
