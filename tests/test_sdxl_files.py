@@ -24,7 +24,7 @@ from tests.test_exchange import HINT, NEGATIVE, PROMPT, equal
 from tests.test_sdxl import SMALL_SDXL
 from vae import VAEConfig
 from weights import CheckpointError, ModelSource, load_model, load_state_dict, source
-from weights.clients import notes
+from weights.clients import modelspec, notes
 from weights.control_depth import depth_from_text, depth_of
 from weights.detect import distilled, model_of_weights
 from weights.reading import load_metadata
@@ -218,6 +218,7 @@ def test_names_of_diffusers():
     assert shapes == listed("control_diffusers_keys")
 
 
+PREDICTION = "modelspec.prediction_type"
 KEY = UNET + "input_blocks.0.0.weight"
 
 
@@ -377,6 +378,10 @@ def test_what_works_where_is_said(tmp_path, capsys):
     assert "control_sdxl_NAME.safetensors" in said("mine.safetensors")
     assert "control_sdxl_NAME" in said("sdxl_not_sd15.safetensors") and "label_emb" in said("mine.safetensors")
     assert "call it" not in said("control_sdxl_mine.safetensors")
+    spec = modelspec(dataclasses.replace(SDXL, prediction="v"), state)
+    assert spec["modelspec.architecture"] == "stable-diffusion-xl-v1-base/controlnet"
+    assert modelspec(SDXL, published())["modelspec.prediction_type"] == "epsilon" and spec[PREDICTION] == "v"
+    assert modelspec(SD15, state) == modelspec(None, state) == {}
     mid, other = (dataclasses.replace(SDXL, control_depth=depth) for depth in ((0, 0, 1), (0, 1, 4)))
     assert "published as `mid`" in said("control_sdxl_mine.safetensors", mid)
     assert "0,1,4 blocks" in (noted := said("control_sdxl_mine.safetensors", other)) and "full copy do not" in noted
