@@ -34,7 +34,7 @@ from ldm import PRECISIONS, ControlLDM, ModelConfig
 from sampler import noise_schedule
 from training.console import protect_output
 from training.images import one_line
-from weights.clients import bare_names, lost_in_pickle, notes, size_in_words, widen_hint
+from weights.clients import bare_names, lost_in_pickle, modelspec, notes, size_in_words, widen_hint
 from weights.configs import CheckpointError, is_run, load_json, metadata_config
 from weights.control_depth import written
 from weights.detect import detect_model, distilled, measured_prediction, model_of_weights, pools_globally
@@ -358,6 +358,7 @@ def main(argv: list[str] | None = None) -> None:
         raise CheckpointError(f"{args.output}: is an input; write to another place")
     commands = {"attach": run_attach, "extract": run_extract, "transfer": run_transfer, "export": run_export}
     content, state, metadata, config = commands[args.command](args, folder)
+    metadata = {**metadata, **({} if folder else modelspec(config, state))}
     dtype = PRECISIONS[args.dtype] if args.dtype else None
     (save_folder if folder else save)(args.output, content, metadata, dtype)
     for note in notes(args.output, state, config, folder) if args.command in ("extract", "export") else ():

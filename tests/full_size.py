@@ -1,10 +1,12 @@
 """Everything at full size, on weights filled by name, through the real commands. Not part of `make test`.
 
-python tests/full_size.py sd15        (or sd21; about half an hour and 40 GB of disk; --parts picks some of it)
+python tests/full_size.py sd15        (or sd21, sdxl; about half an hour and 40 GB of disk; --parts picks some of it)
 
 attach    writes a file of the published keys, shapes and size (a pickle with the UNet's moving average, as
-          v1-5-pruned.ckpt has it), attaches a ControlNet, and compares all keys and shapes with the inventory
-exchange  exports the whole for diffusers and lets diffusers and transformers compute with it, beside our own
+          v1-5-pruned.ckpt has it; of SDXL safetensors in float16), attaches a ControlNet, and compares all keys and
+          shapes with the inventory
+exchange  exports the whole for diffusers and lets diffusers and transformers compute with it, beside our own; of SDXL
+          one network at a time, weights in bfloat16 (12 GiB of memory; with --compute fp32 16)
 step      trains some steps with train.py in each precision
 """
 
@@ -12,6 +14,7 @@ import argparse
 import gzip
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -20,20 +23,29 @@ import tempfile
 import time
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from conditioning import embed_sizes, whole_image
+from ldm import MODELS, PRECISIONS, ControlLDM
 from tests.conftest import distance
 from tests.golden.fill import fill
 from toy import circles
 from training.records import read_metrics
 from weights import ModelSource, load_model, load_state_dict
+from weights.source import load_component, strip_prefix
+from weights.spelling import CONTROL, TEXT_1, TEXT_2, UNET, VAE
 from weights.writing import save_pickle, save_safetensors
 
 GOLDEN = ROOT / "tests" / "golden"
 PARTS = ("attach", "exchange", "step")
+
+
+def base_file(model: str, work: Path) -> Path:
+    return work / f"{model}{'.safetensors' if model == 'sdxl' else '.ckpt'}"
 
 
 def inventory(model: str) -> dict[str, list[int]]:
@@ -63,9 +75,13 @@ def run(*command: object) -> tuple[float, float, float]:
 
 
 def write_base(model: str, path: Path) -> None:
-    """The published file without ControlNet, in fp32, with the moving average; small values keep outputs tame."""
-    parts = ("model.", "first_stage_model.", "cond_stage_model.")
+    """The published file without ControlNet, in fp32 with the moving average, or of SDXL in fp16; small values keep
+    outputs tame."""
+    parts = ("model.", "first_stage_model.", "cond_stage_model.", "conditioner.")
     shapes = {k: tuple(shape) for k, shape in inventory(model).items() if k.startswith(parts)}
+    if model == "sdxl":
+        tensors = {k: fill(k, shape, 0.5).reshape(shape).half() for k, shape in shapes.items()}
+        return save_safetensors(path, tensors)
     tensors = {k: fill(k, shape, 0.5).reshape(shape) for k, shape in shapes.items()}
     unet = [k for k in tensors if k.startswith("model.")]
     tensors |= {"model_ema." + k.removeprefix("model.").replace(".", ""): tensors[k].clone() for k in unet}
@@ -73,7 +89,7 @@ def write_base(model: str, path: Path) -> None:
 
 
 def attach(model: str, work: Path) -> None:
-    base, merged = work / f"{model}.ckpt", work / f"{model}_control.safetensors"
+    base, merged = base_file(model, work), work / f"{model}_control.safetensors"
     if not base.exists():
         start = time.time()
         write_base(model, base)
@@ -89,9 +105,99 @@ def attach(model: str, work: Path) -> None:
     buffers = {k for k in wanted if "." not in k}  # the schedule's twelve, which the file that we wrote has not
     assert shapes == {k: v for k, v in wanted.items() if k not in buffers}, "keys or shapes differ from the inventory"
     print(f"{model} keys: {len(shapes)} keys and shapes as in the inventory", flush=True)
+    if model == "sdxl":  # 19 GB in float32; the exchange loads it network by network
+        return
     start = time.time()
     load_model(ModelSource(merged, prediction="eps"))
     print(f"{model} load: {time.time() - start:.0f} s", flush=True)
+
+
+# ------------------------------------------------------------------------------------------ SDXL, network by network
+def our_part(name: str, folder: Path, dtype: torch.dtype, compute: torch.dtype) -> torch.nn.Module:
+    """One network of the folder: "unet", "control_model", "vae", "text1" or "text2"."""
+    prefixes = {"unet": UNET, "control_model": CONTROL, "vae": VAE, "text1": TEXT_1, "text2": TEXT_2}
+    with torch.device("meta"):
+        whole = ControlLDM(MODELS["sdxl"])
+    encoders = dict(zip(("text1", "text2"), whole.text_encoders, strict=True))
+    module = encoders.get(name) or getattr(whole, name)
+    load_component(folder, module, strip_prefix(load_state_dict(folder), prefixes[name]), prefixes[name], dtype=dtype)
+    if name in ("unet", "control_model"):
+        module.compute_dtype = compute
+    return module.requires_grad_(False).eval()
+
+
+def their_part(make: type, folder: Path, compute: torch.dtype) -> torch.nn.Module:
+    """A network of diffusers from a folder, its weights mapped and cast one by one."""
+    settings = json.loads((folder / "config.json").read_text())
+    with torch.device("meta"):
+        module = make.from_config(settings)
+    weights = safetensors.torch.load_file(folder / "diffusion_pytorch_model.safetensors")
+    module.load_state_dict({k: v.to(compute) for k, v in weights.items()}, assign=True)
+    return module.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def exchange_by_parts(model: str, work: Path, compute: torch.dtype) -> None:
+    """Residuals, UNet, both text encoders and the VAE against diffusers and transformers, one network in memory."""
+    import diffusers
+    import transformers
+
+    merged, folder, bf16 = work / f"{model}_control.safetensors", work / f"{model}_folder", torch.bfloat16
+    if not folder.exists():
+        state = load_state_dict(merged)
+        for key in state:  # zero convolutions would hide what comes before them
+            if key.startswith("control_model.") and not state[key].any():
+                state[key] = fill(key, tuple(state[key].shape), 0.5)
+        filled = merged.with_stem(f"{model}_filled")
+        save_safetensors(filled, state)
+        seconds, _, private = run("merge.py", "export", filled, folder, "--force", "--dtype", "bf16")
+        print(f"{model} export: {seconds:.0f} s, private memory at most {private:.2f} GiB", flush=True)
+        filled.unlink()
+    far, prompt = {}, "a photograph of an astronaut riding a horse"
+    contexts, pooled = [], None
+    for number, name in (("", "text1"), ("_2", "text2")):
+        ours = our_part(name, folder, torch.float32, torch.float32)
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / f"tokenizer{number}")
+        ids = tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids
+        context, pooled = ours.encode(ids)
+        del ours
+        kind = transformers.CLIPTextModelWithProjection if number else transformers.CLIPTextModel
+        theirs = kind.from_pretrained(folder / f"text_encoder{number}", dtype=torch.float32)
+        found = theirs(ids, output_hidden_states=True)
+        far[f"text encoder {number.strip('_') or 1}"] = distance(context, found.hidden_states[-2])
+        contexts.append(context)
+    far["pooled"] = distance(pooled, found.text_embeds)
+    del theirs, found
+    generator = torch.Generator().manual_seed(0)
+    x, hint = (torch.randn(1, 4, 32, 32, generator=generator), torch.rand(1, 3, 256, 256, generator=generator))
+    t, sizes, context = torch.tensor([321]), whole_image((1216, 832)), torch.cat(contexts, dim=-1)
+    y, added = torch.cat([pooled, embed_sizes(sizes)], dim=1), {"text_embeds": pooled, "time_ids": sizes}
+    residuals = [r.float() for r in our_part("control_model", folder, bf16, compute)(x, hint, t, context, y)]
+    inputs = lambda *tensors: [tensor.to(compute) for tensor in tensors]
+    control = their_part(diffusers.ControlNetModel, folder / "controlnet", compute)
+    down, mid = control(
+        *inputs(x), t, *inputs(context, hint), return_dict=False, added_cond_kwargs=added
+    )  # fmt: skip
+    del control
+    far["10 residuals"] = max(distance(a, b) for a, b in zip(residuals, [*down, mid], strict=True))
+    eps = our_part("unet", folder, bf16, compute)(x, t, context, control=residuals, y=y)
+    unet = their_part(diffusers.UNet2DConditionModel, folder / "unet", compute)
+    theirs = unet(
+        *inputs(x), t, *inputs(context), added_cond_kwargs=added,
+        down_block_additional_residuals=inputs(*residuals[:-1]), mid_block_additional_residual=inputs(residuals[-1])[0],
+    ).sample  # fmt: skip
+    del unet
+    far["UNet"] = distance(eps, theirs)
+    vae, image = our_part("vae", folder, torch.float32, torch.float32), torch.tanh(hint)
+    theirs = their_part(diffusers.AutoencoderKL, folder / "vae", torch.float32)
+    far["VAE encoder"] = distance(vae.moments(image), theirs.encode(image).latent_dist.parameters)
+    far["VAE decoder"] = distance(vae.decode(x), theirs.decode(x).sample)
+    said = ", ".join(f"{k} {v:.1e}" for k, v in far.items())
+    print(f"{model} exchange, UNet and ControlNet in {str(compute).removeprefix('torch.')}: relative distance to "
+          f"diffusers {diffusers.__version__}, transformers {transformers.__version__}: {said}; peak resident "
+          f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB", flush=True)  # fmt: skip
+    in_compute = ("10 residuals", "UNet")
+    assert all(v < (3e-2 if k in in_compute and compute == bf16 else 1e-4) for k, v in far.items())
 
 
 @torch.no_grad()
@@ -140,7 +246,7 @@ def exchange(model: str, work: Path) -> None:
 
 
 def step(model: str, work: Path, precisions: list[str], resolution: int, steps: int) -> None:
-    base = work / f"{model}.ckpt"
+    base = base_file(model, work)
     if not base.exists():
         write_base(model, base)
     circles.make(work / "circles", 20, resolution)
@@ -162,9 +268,10 @@ def step(model: str, work: Path, precisions: list[str], resolution: int, steps: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("model", choices=("sd15", "sd21"))
+    parser.add_argument("model", choices=("sd15", "sd21", "sdxl"))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--compute", choices=("bf16", "fp32"), default="bf16", help="of SDXL's exchange")
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--work", help="folder for the files (default: a temporary one, removed at the end)")
@@ -174,7 +281,9 @@ def main() -> None:
     try:
         if "attach" in args.parts or "exchange" in args.parts:
             attach(args.model, work)
-        if "exchange" in args.parts:
+        if "exchange" in args.parts and args.model == "sdxl":
+            exchange_by_parts(args.model, work, PRECISIONS[args.compute])
+        elif "exchange" in args.parts:
             exchange(args.model, work)
         if "step" in args.parts:
             step(args.model, work, args.precision, args.resolution, args.steps)

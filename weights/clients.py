@@ -3,6 +3,7 @@
 `docs/clients.md` lists the programs, what each reads, and the differences that were measured.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -103,6 +104,20 @@ def _about_the_name(out: str, config: ModelConfig | None) -> list[str]:
     if not pooled and "shuffle" in stem.lower():
         lines.append("other programs average the residuals of a file with `shuffle` in its name; choose another name")
     return lines
+
+
+def modelspec(config: ModelConfig | None, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """The metadata of Stability's model specification for a file with the tensors `state`; of SDXL, whose published
+    file has such metadata. Fields that a reader of models goes by, no more."""
+    if config is None or config.name != "sdxl":
+        return {}
+    alone = all(k.startswith((CONTROL, DIFFERENCE)) for k in state)
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base" + "/controlnet" * alone,
+        "modelspec.prediction_type": {"eps": "epsilon", "v": "v"}[config.prediction],
+        "modelspec.resolution": f"{config.resolution}x{config.resolution}",
+    }
 
 
 def size_in_words(size: int) -> str:

@@ -71,10 +71,12 @@ class ModelSource:
     seed: int = 0  # of the initial weights of a new ControlNet's hint encoder
 
 
-def load_model(source: ModelSource | str | Path) -> ControlLDM:
+def load_model(source: ModelSource | str | Path, unet_dtype: torch.dtype = torch.float32) -> ControlLDM:
     """Build the model that `source` names: float32, on the CPU, in evaluation mode, requiring no gradients.
 
-    `control_model` is None if the source has no ControlNet and does not ask to attach one. Raises CheckpointError.
+    `control_model` is None if the source has no ControlNet and does not ask to attach one. `unet_dtype`: of the UNet
+    alone, which in SDXL has 10 GB in float32; a new ControlNet is a copy of the weights that are not rounded. Raises
+    CheckpointError.
     """
     source = _with_run_settings(source)
     base, (trained, saved) = _read_base(source), _read_trained(source)
@@ -85,13 +87,14 @@ def load_model(source: ModelSource | str | Path) -> ControlLDM:
         model = ControlLDM(config, hint_channels)
     encoders = zip(text_prefixes(config), model.text_encoders, strict=True)
     for prefix, module in ((UNET, model.unet), (VAE, model.vae), *encoders):
-        load_component(_origin(source, prefix), module, strip_prefix(base, prefix), prefix, source.seed)
+        dtype = unet_dtype if prefix == UNET else torch.float32
+        load_component(_origin(source, prefix), module, strip_prefix(base, prefix), prefix, source.seed, dtype)
     if control:
         load_component(_origin(source, CONTROL), model.control_model, control, CONTROL, source.seed)
     elif source.attach:
         model.control_model = ControlNet.from_unet(
             model.unet, source.hint_channels or 3, config.hint_widths, source.seed, config.hint_gain,
-            config.control_depth,
+            config.control_depth, strip_prefix(base, UNET),
         )  # fmt: skip
     load_trained(source.path, model, trained)
     if control and is_run(source.path):
@@ -350,8 +353,11 @@ def apply_overrides(path: Path, state: dict[str, Tensor], source: ModelSource) -
 
 
 # ---------------------------------------------------------------------------------------------------- filling a model
-def load_component(path: str | Path, module: nn.Module, state: dict[str, Tensor], prefix: str, seed: int = 0) -> None:
-    """Load a component's tensors, as float32, into `module` on the meta device; `path` is named in messages.
+def load_component(
+    path: str | Path, module: nn.Module, state: dict[str, Tensor], prefix: str, seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> None:  # fmt: skip
+    """Load a component's tensors, as `dtype`, into `module` on the meta device; `path` is named in messages.
 
     An `Addition` whose weights the file lacks is initialised from `seed`. Raises CheckpointError, in one line, for
     other missing weights and for weights of another shape.
@@ -367,7 +373,7 @@ def load_component(path: str | Path, module: nn.Module, state: dict[str, Tensor]
     refuse_unknown(path, prefix, state.keys() - own.keys(), state)
     _check_none_missing(path, state, own, prefix)
     _check_shapes(path, own, state, prefix)
-    module.load_state_dict({k: state[k].float().clone() for k in own}, assign=True)
+    module.load_state_dict({k: state[k].to(dtype, copy=True) for k in own}, assign=True)
 
 
 def _new_additions(module: nn.Module, state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:

@@ -207,7 +207,8 @@ def to_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
     diffusers' names are translated, a component alone in its file gets its prefix; original and unknown names stay.
     """
-    if not any(k.startswith("conditioner.embedders.1.") for k in state):  # SDXL has two text encoders
+    is_sdxl = UNET + "label_emb.0.0.weight" in state or any(k.startswith("conditioner.embedders.1.") for k in state)
+    if not is_sdxl:
         known = (SGM_TEXT + "model.", SGM_TEXT + "transformer.")
         state = {k.replace(SGM_TEXT, TEXT) if k.startswith(known) else k: v for k, v in state.items()}
     for key, translate in SPELLINGS:
