@@ -7,7 +7,6 @@ help text, and its choices or its range. Later sources win: defaults, then the d
 import argparse
 import dataclasses
 import math
-import os
 import re
 import types
 from collections.abc import Callable, Collection, Sequence
@@ -22,6 +21,7 @@ import data
 from ldm import PRECISIONS
 from training.distributed import world_size
 from training.images import MAX_MEGAPIXELS
+from training.layouts import COLUMNS_HELP, DATA_HELP, HINTS_HELP, short_name
 from weights.runs import load_run, run_of
 
 TINY_BASE = Path(__file__).parent / "models" / "tiny_sd.safetensors"
@@ -98,8 +98,10 @@ class Config:
         "Stable Diffusion file or diffusers folder to train on, with a ControlNet or without one (with --plan also the "
         "name of a known model: sd15, sd21, ...)",
     )  # fmt: skip
-    data: str = setting("", "model and data", "folder of the data set: prompt.json, source/ and target/ as in Fill50K")
-    out: str = setting("", "model and data", "folder of the run (default: runs/ and the name of the data folder)")
+    data: str = setting("", "model and data", DATA_HELP)
+    hints: str = setting("", "model and data", HINTS_HELP)
+    columns: str = setting("", "model and data", COLUMNS_HELP)
+    out: str = setting("", "model and data", "folder of the run (default: runs/ and the name of the data set)")
     resolution: str = setting("", "model and data", "size of the images, N or WxH (default: that of the first target)")
     hint_channels: int = setting(
         3, "model and data", "channels of the hint images: 1, 3 or 4; any number from .npy files", low=1, high=1024
@@ -277,7 +279,7 @@ DEMO = dict(
     warmup_steps=20, lr_schedule="cosine", timestep_bias=0.4, even_timesteps=True, weight_decay=0.0, clip_grad_norm=1.0,
     logger_freq=100, log_steps=10, validation=16, channels_last=True, drop_prompt=0.1,
 )  # fmt: skip
-# `base`, `vae` and `data` may be other paths on resume, to the same weights and the same rows.
+# `base`, `vae`, `data`, `hints` and `columns` may be others on resume, for the same weights and the same rows.
 FIXED_ON_RESUME = (
     "resolution", "hint_channels", "hint_resample", "hint_ground", "hint_scale", "prediction", "control", "ema",
     "clip_skip", "seed", "validation", "zero_terminal_snr",
@@ -382,9 +384,9 @@ def parse(argv: list[str] | None) -> CommandLine:
     elif "base" in given and plan:  # a plan needs no data
         settings = {"out": "runs/plan"}
     elif "base" in given and "data" in given:
-        settings = {"out": f"runs/{Path(os.path.realpath(given['data'])).name}"}
+        settings = {"out": f"runs/{short_name(given['data'])}"}
     else:
-        raise ConfigError("give both --base (a Stable Diffusion file) and --data (a folder), or neither for the demo")
+        raise ConfigError("give both --base (a Stable Diffusion file) and --data (a data set), or neither for the demo")
     config = Config(**(settings | given))
     return CommandLine(config, resume, bool(overwrite), bool(data_changed), bool(plan), vram, rate)
 
