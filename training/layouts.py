@@ -24,7 +24,7 @@ from typing import Any
 
 from training.files import DataError, natural_order, one_line, read_bytes
 from training.pairs import read_pairs
-from training.rows import EMPTY, RESERVED, Row, check_texts, find_file, further_keys, inside_of
+from training.rows import EMPTY, IMAGE_ENDINGS, RESERVED, Row, check_texts, find_file, further_keys, inside_of
 from training.rows import check_aspects as check_aspects
 from training.rows import keys_of_all as keys_of_all
 from training.shards import read_shards
@@ -128,6 +128,11 @@ def _detect_folder(folder: Path, hints: str | Path) -> Layout:
     for name in LAYOUTS:
         if (folder / name).exists():
             raise DataError(f"{folder / name}: is no regular file (a folder, pipe or device)")
+    if shards and (loose := [name for name in os.listdir(folder) if name.lower().endswith(IMAGE_ENDINGS)]):
+        raise DataError(
+            f"{folder}: both {len(shards)} .tar shards and {len(loose)} images; --data '{folder}/*.tar' takes the "
+            "shards, --hints FOLDER the images"
+        )
     if shards:
         return Layout("WebDataset", folder, shards=shards, whole_folder=True)
     looked_for = " or ".join(f"{name} in it: {form}" for name, (_, form) in LAYOUTS.items())
@@ -160,13 +165,13 @@ def _found_in(folder: Path) -> str:
     except OSError as e:
         return e.strerror or str(e)
     entries = [entry for entry in entries if not entry.name.startswith(".")]
-    names = [f"{e.name}/" for e in entries if os.path.isdir(e.path)]
-    lists = [f"{name}{file}" for name in names[:100] for file in LAYOUTS if (folder / name / file).is_file()]
-    files = [entry.name for entry in entries if f"{entry.name}/" not in names]
+    folders = [entry.name for entry in entries if os.path.isdir(entry.path)]
+    lists = [f"{name}/{file}" for name in folders[:100] for file in LAYOUTS if (folder / name / file).is_file()]
+    files = [entry.name for entry in entries if not os.path.isdir(entry.path)]
     endings = Counter(os.path.splitext(name)[1].lower() for name in files)
     few = [name for name in files if endings[os.path.splitext(name)[1].lower()] == 1]
     many = [f"{count} {ending or 'without an ending'}" for ending, count in endings.most_common() if count > 1]
-    found = [*lists[:3], *many[:5], *few[:5], *names[: 5 if not lists else 0]]
+    found = [*lists[:3], *many[:5], *few[:5], *(f"{name}/" for name in folders[: 0 if lists else 5])]
     return one_line(", ".join(found) if found else "nothing")
 
 
@@ -212,7 +217,7 @@ def expand(pattern: str | Path) -> tuple[Path, ...]:
 
 
 def _expand_braces(text: str) -> Iterator[str]:
-    """Texts with the first {...} of `text` replaced by each of its choices, and so on."""
+    """Texts with the first {...} of `text` that holds no other replaced by each of its choices, and so on."""
     match = re.search(r"\{(?:([0-9]{1,9})\.\.([0-9]{1,9})|([^{}]*,[^{}]*))\}", text)
     if not match:
         yield text
@@ -224,8 +229,7 @@ def _expand_braces(text: str) -> Iterator[str]:
     else:
         words = iter(choices.split(","))
     for word in words:
-        for rest in _expand_braces(text[match.end() :]):
-            yield text[: match.start()] + word + rest
+        yield from _expand_braces(text[: match.start()] + word + text[match.end() :])
 
 
 def short_name(root: str | Path) -> str:
