@@ -16,18 +16,18 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from training.files import Archive, DataError, Member, one_line
+from training.files import Archive, DataError, Member, file_bytes, one_line
 from training.images import save_whole
 from training.memory import hexdigest, identity
 from training.rows import EMPTY, IMAGE_ENDINGS, RESERVED, Row, check_whole, further_keys
 from training.tables import NAMES, parse_json, read_text
-from training.tar import Entry, read_index
+from training.tar import Entry, list_members
 
 VERSION = 1  # of the remembered index
 PROMPT_ENDINGS = ("txt", "caption")
@@ -63,15 +63,28 @@ def open_index(path: Path, asked: dict[str, str], index_dir: Path | None) -> tup
     file = Path(index_dir) / f"{hexdigest(os.path.abspath(path))}.json.gz" if index_dir else None
     if file and key and (known := _load_index(file, [VERSION, key, *endings])):
         return archive, *known
-    entries, damage = read_index(path)
-    parts = [(entry, None) for entry in entries]
-    with contextlib.suppress(OSError), open(path, "rb", buffering=1 << 15) as opened:
-        parts = [_read_part(opened, entry, endings) for entry in entries]
+    parts, damage = read_index(path, endings)
     if file and key and key == identity(path):
         text = json.dumps([[VERSION, key, *endings], damage, parts]).encode()
         with contextlib.suppress(OSError):
             save_whole(file, lambda partial: partial.write_bytes(gzip.compress(text, 1, mtime=0)))
     return archive, parts, damage
+
+
+def read_index(path: Path, endings: Collection[str]) -> tuple[list[Part], str]:
+    """The members of an archive, with the texts of those that have one of the `endings`, and what is wrong with the
+    archive ("": nothing)."""
+    parts: list[Part] = []
+    try:
+        length = file_bytes(path)
+        with open(path, "rb", buffering=1 << 15) as opened:
+            for entry in list_members(opened, length):
+                parts.append(_read_part(opened, entry, endings))
+    except DataError as e:
+        return parts, str(e)
+    except OSError as e:
+        return parts, e.strerror or str(e)
+    return parts, ""
 
 
 def _load_index(file: Path, key: list[Any]) -> tuple[list[Part], str] | None:
@@ -83,7 +96,7 @@ def _load_index(file: Path, key: list[Any]) -> tuple[list[Part], str] | None:
         return None
 
 
-def _read_part(opened: Any, entry: Entry, endings: tuple[str, ...]) -> Part:
+def _read_part(opened: BinaryIO, entry: Entry, endings: Collection[str]) -> Part:
     """The member with its text, if its ending is one of `endings`."""
     if split_name(entry.name)[1] not in endings or entry.problem:
         return entry, None

@@ -15,13 +15,12 @@ is no plain file is an entry with a problem. Nothing is written anywhere, so a n
 the folder of an unpacked archive is a problem all the same.
 """
 
-import os
 import re
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-from training.files import DataError, file_bytes
+from training.files import DataError
 
 BLOCK = 512
 MAX_ATTRIBUTES = 1 << 20  # bytes of a long name, or of a list of pax attributes
@@ -140,10 +139,11 @@ def _attributes(file: BinaryIO, size: int, kind: bytes) -> dict[str, str]:
 
 def _attribute_size(attributes: dict[str, str], size: int) -> int:
     """The size of a member, of which the attributes before its header may say another (of files above 8 GiB)."""
-    text = attributes.get("size", str(size))
-    if not re.fullmatch(r"[0-9]{1,20}", text):
-        raise DataError(f"is damaged (the size of a member is {text[:40]!r})")
-    return int(text)
+    if "size" not in attributes:
+        return size
+    if not re.fullmatch(r"[0-9]{1,20}", attributes["size"]):
+        raise DataError(f"is damaged (the size of a member is {attributes['size'][:40]!r})")
+    return int(attributes["size"])
 
 
 def _extended_header(file: BinaryIO, at: int, more: bytes) -> int:
@@ -156,18 +156,3 @@ def _extended_header(file: BinaryIO, at: int, more: bytes) -> int:
             raise DataError("is cut short: it ends in a header")
         more, size = block[504:505], size + BLOCK
     return size
-
-
-def read_index(path: Path) -> tuple[list[Entry], str]:
-    """The members of the archive `path`, and what is wrong with the archive ("": nothing)."""
-    entries: list[Entry] = []
-    try:
-        length = file_bytes(path)
-        with open(path, "rb", buffering=1 << 15) as file:
-            for entry in list_members(file, length):
-                entries.append(entry)
-    except DataError as e:
-        return entries, str(e)
-    except OSError as e:
-        return entries, e.strerror or os.strerror(e.errno or 0)
-    return entries, ""
