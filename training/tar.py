@@ -28,8 +28,9 @@ MAX_ZEROS = 1 << 11  # empty blocks between members (archives can be put one beh
 COMPRESSED = {
     b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip",
 }  # fmt: skip
+LINK = "is a link (tar --dereference --hard-dereference stores files in the place of links)"
 NO_FILES = {
-    b"1": "is a link", b"2": "is a link", b"3": "is a device", b"4": "is a device", b"6": "is a pipe",
+    b"1": LINK, b"2": LINK, b"3": "is a device", b"4": "is a device", b"6": "is a pipe",
     b"S": "is stored with holes (sparse)", b"M": "is a part of a file in several archives",
 }  # fmt: skip
 
@@ -101,8 +102,9 @@ def _text(field: bytes) -> str:
 
 def _name(header: bytes, attributes: dict[str, str]) -> str:
     """The name of a member, as long as the attributes before its header say it."""
-    if "path" in attributes:
-        return attributes["path"].removeprefix("./")
+    for key in ("GNU.sparse.name", "path"):
+        if key in attributes:
+            return attributes[key].removeprefix("./")
     prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
     return (f"{prefix}/" * bool(prefix) + _text(header[:100])).removeprefix("./")
 
