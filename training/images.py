@@ -250,10 +250,8 @@ def _kinds(image: Image.Image) -> tuple[str, ...]:
     """What a picture file that is not decoded yet is beyond RGB of 8 bits: keys of KINDS."""
     names = {"RGB": [], "1": ["gray"], "L": ["gray"], "P": ["palette"], "PA": ["palette", "alpha"], "CMYK": ["CMYK"]}
     names |= dict.fromkeys(("RGBA", "RGBa"), ["alpha"]) | dict.fromkeys(("LA", "La"), ["gray", "alpha"])
-    raw, mode = (
-        _raw_mode(image),
-        "LA" if _raw_mode(image).startswith("LA") else image.mode,
-    )  # LA of 16 bits opens as RGBA
+    raw = _raw_mode(image)
+    mode = "LA" if raw.startswith("LA;") else image.mode  # Pillow opens gray with alpha of 16 bits as RGBA
     found = ["gray", "numbers"] if mode[0] in "IF" else names.get(mode, ["other colours"])
     if "16" in raw or image.mode.startswith("I;16"):
         found = [name for name in found if name != "numbers"] + ["16 bits"]
