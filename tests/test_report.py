@@ -187,9 +187,9 @@ def test_facts_of_older_versions_are_found_out_again(plain, monkeypatch):
     dataset = FolderDataset(plain)
     verify.find_bad_rows(dataset, plain / "cache", workers=0)
     file = plain / "cache/verified.jsonl"
-    older = verify.Memory(plain / "older/verified.jsonl")
-    monkeypatch.setattr(verify, "VERSION", verify.VERSION.replace("2 ", "1 ", 1))
+    older, before = verify.Memory(plain / "older/verified.jsonl"), verify.VERSION
     hint, target = dataset.readings()
+    verify.VERSION = before.replace("2 ", "1 ", 1)
     for line in file.read_bytes().split(b"\n"):
         key, value = json.loads(line[9:]) if line else ("", None)
         if key.startswith("file "):
@@ -198,7 +198,7 @@ def test_facts_of_older_versions_are_found_out_again(plain, monkeypatch):
         older.add(verify.fact_name(a.content, dataset.rows[0].hint, hint), list(a)[:7])
         older.add(verify.fact_name(b.content, dataset.rows[0].target, target), list(b)[:7])
     older.flush()
-    monkeypatch.undo()
+    verify.VERSION = before
     again = FolderDataset(plain)
     verify.find_bad_rows(again, plain / "older", workers=0)
     assert again.facts == dataset.facts and all(re.fullmatch("[0-9a-f]{24}", a.pixels) for a, _ in again.facts)

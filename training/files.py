@@ -63,7 +63,10 @@ File = Path | Member
 # ------------------------------------------------------------------------------------------------------------ messages
 def one_line(text: object) -> str:
     """`text` with whatever does not print (line breaks, half characters) written as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextlib.contextmanager

@@ -31,6 +31,8 @@ from training.tar import Entry, list_members
 
 VERSION = 1  # of the remembered index
 PROMPT_ENDINGS = ("txt", "caption")
+ENDINGS_OF = {role: {name + image for name in NAMES[role] for image in IMAGE_ENDINGS} for role in ("target", "hint")}
+ENDINGS_OF["target"] |= {image[1:] for image in IMAGE_ENDINGS}
 MAX_TEXT = 1 << 20  # bytes
 Part = tuple[Entry, str | None]  # a member, and its text where it is one of those that hold text
 
@@ -124,8 +126,9 @@ def _rows_of_shard(archive: Archive, parts: list[Part], asked: dict[str, str]) -
         key, ending = split_name(part[0].name)
         if ending and not key.endswith("/") and key:
             samples.setdefault(key, []).append((ending, part))
+    name = one_line(archive.path)
     for key, members in samples.items():
-        where = f"{one_line(archive.path)}, {one_line(key)}"
+        where = f"{name}, {one_line(key)}"
         try:
             yield _make_row(where, archive, members, asked)
         except DataError as e:
@@ -165,10 +168,8 @@ def _find_image(there: dict[str, Part], role: str, asked: dict[str, str]) -> str
         name = asked[role].lower().lstrip(".")
         found = [ending for ending in there if ending == name or ending in [name + image for image in IMAGE_ENDINGS]]
         return _only(role, found, f".{one_line(name)}, as --columns says", there)
-    known = {name + image for name in NAMES[role] for image in IMAGE_ENDINGS}
-    known |= {image[1:] for image in IMAGE_ENDINGS if role == "target"}
     taken = {name.lower().lstrip(".") for name in asked.values()}
-    found = [ending for ending in there if ending in known and ending not in taken]
+    found = [ending for ending in there if ending in ENDINGS_OF[role] and ending not in taken]
     return _only(role, found, ".jpg, .png, ..." if role == "target" else ".hint.png, ...", there)
 
 

@@ -17,7 +17,6 @@ the folder of an unpacked archive is a problem all the same.
 
 import re
 from collections.abc import Iterator
-from pathlib import PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 from training.files import DataError
@@ -70,15 +69,14 @@ def list_members(file: BinaryIO, length: int) -> Iterator[Entry]:
             at += _extended_header(file, at, header[482:483])
         size = _attribute_size(attributes, size) if kind not in b"xgLK" else size
         stored = size if kind not in b"123456" else 0
+        name = _name(header, attributes) if kind not in b"xgLK" else "a header"
         if at + stored > length:
-            name = _name(header, attributes) if kind not in b"xgLK" else "a header"
             if kind in b"0\x007":
                 yield Entry(name, at, size, "is cut off by the end of the archive")
             raise DataError(f"is cut short: it ends in {name!r}")
         if kind in b"xL":
             attributes |= _attributes(file, size, kind)
-        elif kind not in b"gK5DV" and not _name(header, attributes).endswith("/"):
-            name = _name(header, attributes)
+        elif kind not in b"gK5DV" and not name.endswith("/"):
             yield Entry(name, at, size, _problem(name, kind, attributes))
         attributes = attributes if kind in b"xgLK" else {}
         at += -(-stored // BLOCK) * BLOCK
@@ -115,7 +113,7 @@ def _problem(name: str, kind: bytes, attributes: dict[str, str]) -> str:
         kind = b"S"
     if kind not in b"0\x007":
         return NO_FILES.get(kind, f"is of the unknown kind {kind!r}")
-    if name.startswith("/") or ".." in PurePosixPath(name).parts or "\0" in name:
+    if name.startswith("/") or ".." in name.split("/") or "\0" in name:
         return "has a name that leaves the archive's folder"
     return ""
 

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import PIL
 from tqdm import tqdm
 
@@ -97,11 +96,11 @@ def examine(path: File, reading: Reading, content: bytes, digest: str) -> FileFa
         passing = isinstance(e.__cause__, MemoryError)  # nothing to remember of the file
         return FileFacts("" if passing else digest, _without(path, e))
     height, width = decoded.array.shape[:2]
-    pixels = hexdigest(decoded.array.shape, np.ascontiguousarray(decoded.array).reshape(-1).data)
-    one_colour = bool((decoded.array == decoded.array[0, 0]).all())
+    pixels = decoded.array.tobytes()
+    one_colour = pixels == decoded.array[0, 0].tobytes() * (height * width)
     return FileFacts(
-        digest, "", width, height, decoded.largest, decoded.full, decoded.brightness, pixels, one_colour,
-        ",".join(decoded.kinds),
+        digest, "", width, height, decoded.largest, decoded.full, decoded.brightness,
+        hexdigest(decoded.array.shape, pixels), one_colour, ",".join(decoded.kinds),
     )  # fmt: skip
 
 
