@@ -231,8 +231,8 @@ def train(
     with Interruption() as interruption, owner, explain_oom(config, run):
         folder = find_checkpoint(run, resume, overwrite, ranks)
         config.lr_steps = schedule_length(config, folder)
-        dataset = open_dataset(config, dataset, run)  # before the model: a bad row is told before gigabytes are read
         set_process_options(config)
+        dataset = open_dataset(config, dataset, run)  # before the model: a bad row is told before gigabytes are read
         model = load_model(model_source(config, run if resume else None))
         config.prediction = model.config.prediction
         origin = {

@@ -53,10 +53,10 @@ class Memory:
 
 
 def hexdigest(*parts: object, size: int = 12) -> str:
-    """A digest of `size` bytes of bytes or of anything with a repr, in hex."""
+    """A digest of `size` bytes of bytes, or of anything with a repr, in hex."""
     h = hashlib.blake2b(digest_size=size)
     for part in parts:
-        h.update(part if isinstance(part, bytes) else repr(part).encode())
+        h.update(part if isinstance(part, (bytes, memoryview)) else repr(part).encode())
     return h.hexdigest()
 
 

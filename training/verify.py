@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import PIL
 from tqdm import tqdm
 
@@ -95,12 +96,12 @@ def examine(path: File, reading: Reading, content: bytes, digest: str) -> FileFa
     except DataError as e:
         passing = isinstance(e.__cause__, MemoryError)  # nothing to remember of the file
         return FileFacts("" if passing else digest, _without(path, e))
-    height, width = decoded.array.shape[:2]
-    pixels = decoded.array.tobytes()
-    one_colour = pixels == decoded.array[0, 0].tobytes() * (height * width)
+    array = np.ascontiguousarray(decoded.array)
+    height, width = array.shape[:2]
+    one_colour = bool((array[0] == array[0, 0]).all() and (array == array[0]).all())
     return FileFacts(
         digest, "", width, height, decoded.largest, decoded.full, decoded.brightness,
-        hexdigest(decoded.array.shape, pixels), one_colour, ",".join(decoded.kinds),
+        hexdigest(array.shape, array.reshape(-1).data), one_colour, ",".join(decoded.kinds),
     )  # fmt: skip
 
 
