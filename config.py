@@ -7,7 +7,6 @@ help text, and its choices or its range. Later sources win: defaults, then the d
 import argparse
 import dataclasses
 import math
-import os
 import re
 import types
 from collections.abc import Callable, Collection, Sequence
@@ -24,6 +23,7 @@ from lowvram.presets import PRESETS, allowed_weight_dtypes
 from lowvram.presets import resolve as resolve
 from training.distributed import world_size
 from training.images import MAX_MEGAPIXELS
+from training.layouts import COLUMNS_HELP, DATA_HELP, HINTS_HELP, short_name
 from weights.runs import load_run, run_of
 
 TINY_BASE = Path(__file__).parent / "models" / "tiny_sd.safetensors"
@@ -81,8 +81,10 @@ class Config:
         "Stable Diffusion file or diffusers folder to train on, with a ControlNet or without one (with --plan also the "
         "name of a known model: sd15, sd21, ...)",
     )  # fmt: skip
-    data: str = setting("", "model and data", "folder of the data set: prompt.json, source/ and target/ as in Fill50K")
-    out: str = setting("", "model and data", "folder of the run (default: runs/ and the name of the data folder)")
+    data: str = setting("", "model and data", DATA_HELP)
+    hints: str = setting("", "model and data", HINTS_HELP)
+    columns: str = setting("", "model and data", COLUMNS_HELP)
+    out: str = setting("", "model and data", "folder of the run (default: runs/ and the name of the data set)")
     resolution: str = setting("", "model and data", "size of the images, N or WxH (default: that of the first target)")
     buckets: bool = setting(
         False, "model and data",
@@ -283,7 +285,7 @@ DEMO = dict(
     warmup_steps=20, lr_schedule="cosine", timestep_bias=0.4, even_timesteps=True, weight_decay=0.0, clip_grad_norm=1.0,
     logger_freq=100, log_steps=10, validation=16, channels_last=True, drop_prompt=0.1,
 )  # fmt: skip
-# `base`, `vae` and `data` may be other paths on resume, to the same weights and the same rows.
+# `base`, `vae`, `data`, `hints` and `columns` may be others on resume, for the same weights and the same rows.
 FIXED_ON_RESUME = (
     "resolution", "hint_channels", "hint_resample", "hint_ground", "hint_scale", "prediction", "control", "ema",
     "clip_skip", "seed", "validation", "zero_terminal_snr", "optimizer", "buckets", "bucket_batch",
@@ -389,12 +391,11 @@ def parse(argv: list[str] | None) -> CommandLine:
     elif "base" not in given and "data" not in given:
         settings = dict(DEMO)
     elif trial:
-        name = Path(os.path.realpath(given["data"])).name
-        settings = DEMO | {"out": f"runs/{name}-tiny", "resolution": str(TINY.resolution)}
+        settings = DEMO | {"out": f"runs/{short_name(given['data'])}-tiny", "resolution": str(TINY.resolution)}
     elif "base" in given and plan:  # a plan needs no data
         settings = {"out": "runs/plan"}
     elif "base" in given and "data" in given:
-        settings = {"out": f"runs/{Path(os.path.realpath(given['data'])).name}"}
+        settings = {"out": f"runs/{short_name(given['data'])}"}
     else:
         raise ConfigError(
             "give both --base (a Stable Diffusion file) and --data (a folder); --data alone tries the data on the tiny "

@@ -1,11 +1,12 @@
 """Where (target, hint, prompt) triples come from, and how they get to the training loop.
 
-On disk a data set is a folder in one of the `LAYOUTS`, such as Fill50K's: `prompt.json`, one JSON object a line with
-`source` (the hint image), `target` and `prompt`. In memory it is any array-like of `dict(jpg, txt, hint)`: jpg is the
-target, (H,W,3) float32 in [-1,1]; txt the prompt; hint (H,W,C) float32 in [0,1]. The asymmetric ranges are those of the
-ControlNet tutorial. Further keys of an item (a class number, say) go through to the loss under their own names.
+On disk a data set has one of five layouts (`training/layouts.py`), such as Fill50K's: a folder with `prompt.json`, one
+JSON object a line with `source` (the hint image), `target` and `prompt`. In memory it is any array-like of `dict(jpg,
+txt, hint)`: jpg is the target, (H,W,3) float32 in [-1,1]; txt the prompt; hint (H,W,C) float32 in [0,1]. The asymmetric
+ranges are those of the ControlNet tutorial. Further keys of an item (a class number, say) go through to the loss under
+their own names.
 
-    FolderDataset(folder)         -+->  target(i), hint(i), prompt(i), key(i)
+    FolderDataset(any layout)     -+->  target(i), hint(i), prompt(i), key(i)
     ArrayDataset(your array-like) -+          |
                                               +-- training/cache.py encodes targets and prompts once
                                               |
@@ -13,13 +14,14 @@ ControlNet tutorial. Further keys of an item (a class number, say) go through to
                                               |
                                     batches: a DataLoader, whose batches are dictionaries
 
-    python data.py show DIR 1234       print the length, one pair's prompt and shapes, and save the pair as a picture
-    python data.py check DIR           report every problem of every row at once
-    python data.py hints PHOTOS DIR --kind canny    make photos a data set: see training/photos.py
+    python data.py show DATA 1234      print the length, one pair's prompt and shapes, and save the pair as a picture
+    python data.py check DATA          report every problem of every row at once, and what else one should know
+    python data.py hints PHOTOS DATA --kind canny   make photos a data set: see training/photos.py
 """
 
 import argparse
 import copy
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -33,30 +35,35 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from training import images, photos, verify
+from lowvram.process import disable_malloc_trim
+from training import images, layouts, photos, report, verify
 from training.buckets import Framed, bucket_sizes, choose_size
 from training.buckets import fit_size as fit_size
 from training.buckets import parse_resolution as parse_resolution
 from training.console import protect_output
-from training.images import MAX_MEGAPIXELS, RESAMPLE, DataError, Reading, Size, one_line, read_bytes, resize
+from training.files import MAX_MEGAPIXELS, DataError, File, one_line, read_bytes
+from training.images import RESAMPLE, Reading, Size, resize
 from training.images import fraction_cut as fraction_cut
 from training.images import read_image as read_image
 from training.images import same_aspect as same_aspect
 from training.images import save_hint as save_hint
-from training.layouts import EMPTY, LAYOUTS, check_aspects, find_list, further_keys, keys_of_all
+from training.layouts import LAYOUTS as LAYOUTS
 from training.layouts import Row as Row
+from training.layouts import find_list as find_list
 from training.layouts import is_dataset as is_dataset
 from training.layouts import read_json_lines as read_json_lines
 from training.layouts import read_rows as read_rows
 from training.loading import load
 from training.order import BucketOrder, shuffled
 from training.randomness import SampleRandomness, derive_seed, digest
+from training.report import show as show
+from training.rows import check_aspects, further_keys, keys_of_all
 
 
 # ----------------------------------------------------------------------------------------------------------- data sets
 @dataclass(eq=False)
 class FolderDataset(Framed):
-    """A folder in one of the layouts as an array-like of `dict(jpg, txt, hint)`.
+    """A data set on disk in any of the layouts as an array-like of `dict(jpg, txt, hint)`.
 
     `size`: every pair is scaled to cover it, and the same middle is cut out of both images (None: images stay as they
     are), unless `framings` says otherwise. Targets are scaled with antialiasing; hints by area, or `nearest` for label
@@ -64,7 +71,8 @@ class FolderDataset(Framed):
     laid on white.
     `follow_links`: links may lead out of the folder. Keys that every row has beside the three fields are keys of the
     items, too. With `strict`, rows that cannot be parsed raise DataError (an empty prompt is allowed in training);
-    without, they keep their numbers, are listed in `problems`, and raise DataError when they are asked for.
+    without, they keep their numbers, are listed in `problems`, and raise DataError when they are asked for. `columns`,
+    `hints` and `index_dir` as in `training.layouts.read_rows`.
     """
 
     root: str | Path
@@ -76,20 +84,23 @@ class FolderDataset(Framed):
     hint_scale: float = 0.0
     follow_links: bool = False
     max_megapixels: float = MAX_MEGAPIXELS
+    columns: str = ""
+    hints: str | Path = ""
+    index_dir: str | Path | None = None
 
     def __post_init__(self):
-        file = find_list(self.root)
-        self.rows = read_rows(self.root, self.follow_links)
+        self.layout = layouts.detect(self.root, self.hints)
+        self.rows, self.remark = layouts.read_layout(self.layout, self.follow_links, self.columns, self.index_dir)
         self.facts: list[tuple[verify.FileFacts, verify.FileFacts] | None] = []  # of the rows, once they are verified
-        self.fingerprint = digest(read_bytes(file, 1 << 32)).hex()  # of the rows
+        self.fingerprint = digest(*layouts.content(self.layout, self.rows)).hex()  # of the rows
         self._extra_keys = keys_of_all(self.rows)
-        self._compared: set[Path] = set()  # targets of rows whose two sizes are known to agree
+        self._compared: set[File] = set()  # targets of rows whose two sizes are known to agree
         bad = [f"{row.where}: {row.problem}" for row in self.rows if not row.readable]
         if bad and self.strict:
-            more = f" (and {len(bad) - 1} more: python data.py check {self.root})" if len(bad) > 1 else ""
+            more = f" (and {len(bad) - 1} more: {self.check_command})" if len(bad) > 1 else ""
             raise DataError(bad[0] + more)
         if not self.rows:
-            raise DataError(f"{self.root}: {file.name} has no rows")
+            raise DataError(f"{self.root}: {self.layout} has no rows")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -99,6 +110,16 @@ class FolderDataset(Framed):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"facts": []}  # worker processes need none
+
+    def __str__(self) -> str:
+        return f"{self.root}: {self.layout}, {len(self)} rows{'; ' * bool(self.remark)}{self.remark}"
+
+    @property
+    def check_command(self) -> str:
+        """The command that tells everything about this data set."""
+        flags = [("--hints", self.hints), ("--columns", self.columns)]
+        words = [word for flag, value in flags if value for word in (flag, str(value))]
+        return shlex.join(["python", "data.py", "check", str(self.root), *words])
 
     @property
     def problems(self) -> list[str]:
@@ -114,14 +135,20 @@ class FolderDataset(Framed):
         kept._extra_keys = keys_of_all(kept.rows)
         return kept
 
-    def row_digests(self) -> list[str]:
-        """16 hex digits for each row: a digest of its paths in the folder, prompt, further keys, and files' content."""
-        return [digest(*self._identity(i)).hex()[:16] for i in range(len(self))]
+    def row_digests(self, with_paths: bool = False) -> list[str]:
+        """A digest of each row's prompt, further keys, and files' content, 20 hex digits: alike in every layout.
 
-    def _identity(self, i: int) -> Iterator[Any]:
+        `with_paths`: digests of 16 digits, as older checkpoints have them, in which the files' paths in the folder
+        count too.
+        """
+        return [digest(*self._identity(i, with_paths)).hex()[: 16 if with_paths else 20] for i in range(len(self))]
+
+    def _identity(self, i: int, with_paths: bool) -> Iterator[Any]:
         row = self.rows[i]
-        for path, content in zip((row.hint, row.target), self.contents(i), strict=True):
-            yield from (path.relative_to(self.root).as_posix(), content)
+        for file, content in zip((row.hint, row.target), self.contents(i), strict=True):
+            if with_paths and isinstance(file, Path) and file.is_relative_to(self.layout.folder):
+                yield file.relative_to(self.layout.folder).as_posix()
+            yield content
         yield from (row.prompt, sorted(row.extra.items()))
 
     def contents(self, i: int) -> tuple[str, str]:
@@ -180,7 +207,7 @@ class FolderDataset(Framed):
         framing = self.framing(i, variant, array.shape[1::-1])
         return resize(array, framing.size, resample, framing.position, framing.flipped).astype(np.float32)
 
-    def _files(self, i: int) -> tuple[Path, Path]:
+    def _files(self, i: int) -> tuple[File, File]:
         """Hint and target file of row i. DataError for a row that could not be parsed."""
         row = self.rows[i]
         if not row.readable:
@@ -377,52 +404,33 @@ def group_by_size(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 # --------------------------------------------------------------------------------------------------------------- CLI
-def show(dataset: FolderDataset, number: int, out: str | Path) -> None:
-    """Print the data set's length and the prompt and shapes of pair `number`; save the pair side by side as `out`."""
-    if not -len(dataset) <= number < len(dataset):
-        raise DataError(f"{dataset.root}: has rows 0..{len(dataset) - 1}, no {number}")
-    item = dataset[number]
-    print(len(dataset), item["txt"], item["jpg"].shape, item["hint"].shape, sep="\n")
-    hint, target = (item["hint"] * 255).round().astype(np.uint8), ((item["jpg"] + 1) * 127.5).round().astype(np.uint8)
-    hint = hint[..., :3] if hint.shape[2] > 2 else hint[..., :1].repeat(3, 2)
-    hint = resize(hint, target.shape[1::-1], RESAMPLE["nearest"])
-    images.save_picture(out, np.concatenate([hint, target], axis=1))
-    print(f"saved hint and target side by side as {out}")
+def check(
+    root: str, workers: int | None = None, sheet: str = "", seed: int = 0, size: Size | None = None,
+    buckets: Sequence[Size] = (), **settings: Any,
+) -> tuple[int, list[str]]:  # fmt: skip
+    """The number of rows of the data set `root` that can be parsed, and all problems of all rows, images included.
 
-
-def check(root: str, size: Size | None = None, buckets: Sequence[Size] = (), **settings: Any) -> tuple[int, list[str]]:
-    """The number of rows of the folder `root` that can be parsed, and all problems of all rows, images included.
-
-    `settings`: of FolderDataset. Prints what is no problem but should be known when images are brought to `size` (None:
-    that of the first target) or to one of the sizes `buckets`.
+    Prints the layout, and what is no problem but should be known. The other arguments: see `report.check`.
+    `settings`: of FolderDataset.
     """
     dataset = FolderDataset(root, hint_channels=None, strict=False, **settings)
-    bad = verify.find_bad_rows(dataset)
-    empty = {i: f"{row.where}: {EMPTY}" for i, row in enumerate(dataset.rows) if row.problem == EMPTY and i not in bad}
-    usable = [facts for i, facts in enumerate(dataset.facts) if i not in bad]
-    size = size or (usable and (usable[0][1].width, usable[0][1].height))
-    for line in verify.remarks(dataset, size, buckets) if usable else ():
-        print(f"{root}: {line}")
-    problems = bad | empty
-    return sum(row.readable for row in dataset.rows), [problems[i] for i in sorted(problems)]
+    return report.check(dataset, workers, sheet, seed, size, buckets)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Look at one pair of a data set, check all, or make one of photos.")
     commands = parser.add_subparsers(dest="command", required=True)
-    folder = f"the data set: a folder with {' or '.join(LAYOUTS)}"
     show_parser = commands.add_parser("show", help="print one pair's prompt and shapes, and save the pair as a picture")
     check_parser = commands.add_parser("check", help="read every row and report all problems; exit status 1 if any")
     photos.add_arguments(commands.add_parser("hints", help="make a folder of photos a data set of hints and photos"))
     for p in (show_parser, check_parser):
-        p.add_argument("dir", help=folder)
-        p.add_argument("--follow-links", action="store_true", help="follow links that lead out of the folder")
-        p.add_argument(
-            "--max-megapixels", type=float, default=MAX_MEGAPIXELS, metavar="N", help="largest image to read"
-        )
-        p.add_argument(
-            "--hint-scale", type=float, default=0.0, metavar="N", help="value of the hint files that is white"
-        )
+        add = p.add_argument
+        add("data", help=layouts.DATA_HELP)
+        add("--hints", default="", metavar="FOLDER", help=layouts.HINTS_HELP)
+        add("--columns", default="", metavar="ROLE=NAME,...", help=layouts.COLUMNS_HELP)
+        add("--follow-links", action="store_true", help="follow links that lead out of the folder")
+        add("--max-megapixels", type=float, default=MAX_MEGAPIXELS, metavar="N", help="largest image to read")
+        add("--hint-scale", type=float, default=0.0, metavar="N", help="value of the hint files that is white")
     add = show_parser.add_argument
     add("number", nargs="?", type=int, default=0, help="number of the pair, counted from 0 (default 0)")
     add("--out", default="pair.png", help="picture file for hint and target side by side (default pair.png)")
@@ -430,23 +438,30 @@ def main(argv: list[str] | None = None) -> int:
     add("--resolution", default="", metavar="SIZE", help="report what training at this size, N or WxH, cuts off")
     add("--buckets", action="store_true", help="report the sizes that train.py --buckets makes of --resolution (512)")
     add("--multiple", type=int, default=64, metavar="N", help="what the model divides sides by (default 64)")
+    add("--sheet", default="", metavar="FILE", help="save a picture of 12 random rows: hint, target, prompt")
+    add("--seed", type=int, default=0, metavar="N", help="another seed shows other rows on the sheet (default 0)")
     args = parser.parse_args(argv)
     if args.command == "hints":
         return photos.run(args, None if args.size == "0" else parse_resolution(args.size))
     if not (args.max_megapixels > 0 and 0 <= args.hint_scale < float("inf")):
         parser.error("--max-megapixels must be above 0, --hint-scale at least 0")
-    settings = dict(hint_scale=args.hint_scale, follow_links=args.follow_links, max_megapixels=args.max_megapixels)
+    names = ("hint_scale", "follow_links", "max_megapixels", "hints", "columns")
+    settings = {name: getattr(args, name) for name in names}
     if args.command == "show":
-        show(FolderDataset(args.dir, hint_channels=None, **settings), args.number, args.out)
+        report.show(FolderDataset(args.data, hint_channels=None, **settings), args.number, args.out)
         return 0
     if args.multiple < 1:
         parser.error("--multiple must be at least 1")
     wanted = args.resolution or ("512" if args.buckets else "")
     size = choose_size(wanted, (0, 0), args.multiple) if wanted else None
-    rows, problems = check(args.dir, size, bucket_sizes(size, args.multiple) if args.buckets else (), **settings)
+    buckets = bucket_sizes(size, args.multiple) if args.buckets else ()
+    disable_malloc_trim()  # images come and go: this halves the time
+    rows, problems = check(
+        args.data, verify.processes(True), args.sheet, abs(args.seed), size=size, buckets=buckets, **settings
+    )
     for problem in problems:
         print(problem)
-    print(f"{args.dir}: {rows} rows, {len(problems)} problem{'s' * (len(problems) != 1)}")
+    print(f"{args.data}: {rows} rows, {len(problems)} problem{'s' * (len(problems) != 1)}")
     return 1 if problems else 0
 
 

@@ -236,8 +236,8 @@ def train(
     with Interruption() as interruption, owner, explain_oom(config, run):
         folder = find_checkpoint(run, resume, overwrite, ranks)
         config.lr_steps = schedule_length(config, folder)
-        dataset = open_dataset(config, dataset, run)  # before the model: a bad row is told before gigabytes are read
         set_process_options(config)
+        dataset = open_dataset(config, dataset, run)  # before the model: a bad row is told before gigabytes are read
         model = load_model(model_source(config, run if resume else None))
         config.prediction = model.config.prediction
         origin = {
@@ -246,7 +246,8 @@ def train(
             "data": getattr(dataset, "fingerprint", ""),
         }
         rows = dataset.row_digests() if isinstance(dataset, data.FolderDataset) else []
-        state = read_state(folder, config, origin, rows, data_changed) if folder else None
+        older_rows = functools.partial(dataset.row_digests, True) if rows else None
+        state = read_state(folder, config, origin, rows, data_changed, older_rows) if folder else None
         if state:
             config.bucket_batch = state["config"].get("bucket_batch", 0)  # the order of the samples stays as it was
         samples, validation_items, uncond = build_samples(config, model, dataset)

@@ -303,8 +303,8 @@ def model_and_size(config: Config) -> tuple[ModelConfig, tuple[int, int]]:
         model_config = read_model(ModelSource(config.base, prediction=config.prediction))[1]
     if config.resolution:
         wanted = data.parse_resolution(config.resolution)
-    elif config.data and Path(config.data).exists() and not config.buckets:
-        wanted = data.FolderDataset(config.data, None, config.hint_channels, config.hint_resample).sizes(0)[1]
+    elif config.data and not config.buckets and (Path(config.data).exists() or data.is_dataset(config.data)):
+        wanted = open_data(config).sizes(0)[1]
     else:
         wanted = (model_config.resolution, model_config.resolution)
     size = data.fit_size(wanted, model_config.multiple)
@@ -390,7 +390,7 @@ def plan(config: Config, vram: float | None = None, rate: float | None = None) -
             f"                      {orthogonal / 1e12:6.2f} TFLOP more a step for Muon's orthogonal updates, "
             f"{orthogonal / per_image / images:.0%} of it"
         )
-    if config.cache and data.is_dataset(config.data):
+    if config.cache and data.is_dataset(config.data, config.hints):
         disk = sum(cache_size(config, model_config, size))
         lines.append(f"disk, cache           {disk / GIB:6.2f} GiB in {config.cache_dir}")
     if rate:
@@ -433,10 +433,17 @@ def cpu_memory(config: Config, model_config: ModelConfig) -> int:
     return max(training, loading)
 
 
+def open_data(config: Config) -> data.FolderDataset:
+    """The data set that `config.data` names."""
+    return data.FolderDataset(
+        config.data, None, config.hint_channels, config.hint_resample, columns=config.columns, hints=config.hints
+    )
+
+
 def cache_size(config: Config, model_config: ModelConfig, size: tuple[int, int]) -> tuple[int, int]:
     """Bytes on disk of the latents and of the contexts of the data set, at most: equal images are cached once, and few
     are as large as `size` if there are buckets."""
-    dataset = data.FolderDataset(config.data, size, config.hint_channels, config.hint_resample)
+    dataset = open_data(config)
     moments = size[0] * size[1] // model_config.vae_factor**2 * 2 * model_config.vae.z_channels
     prompts = len({dataset.prompt(i) for i in range(len(dataset))} | {""})
     width = PRECISIONS[config.precision].itemsize

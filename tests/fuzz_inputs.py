@@ -14,6 +14,7 @@ import pickle
 import random
 import re
 import shutil
+import tarfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -83,6 +84,7 @@ def make_corpus(folder: Path) -> Path:
             image.save(picture.with_suffix(".jpg"))
         picture.unlink()
     (folder / "data" / "prompt.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_other_layouts(folder, rows)
     with contextlib.redirect_stdout(io.StringIO()):
         train.main(run_flags(folder))
         run = str(folder / "run")
@@ -96,6 +98,21 @@ def make_corpus(folder: Path) -> Path:
     torch.save(few, folder / "later.ckpt", pickle_protocol=4)
     (folder / "plain.pth").write_bytes(pickle.dumps({"a": [1, (2, "b")]}, 2))
     return folder
+
+
+def save_other_layouts(folder: Path, rows: list[dict[str, str]]) -> None:
+    """The rows of the folder `data` as a table and as a shard, with the odd kinds of members that archives have."""
+    lines = [f'{row["target"]},{row["source"]},"{row["prompt"]}",{i}' for i, row in enumerate(rows)]
+    (folder / "data" / "pairs.csv").write_text("\n".join(["image,hint,text,label", *lines]) + "\n")
+    with tarfile.open(folder / "shards.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        for i, row in enumerate(rows):
+            key = f"{i}" if i % 2 else "long/" * 30 + f"{i}"
+            for field, name in (("target", key), ("source", f"{key}.hint")):
+                archive.add(folder / "data" / row[field], name + Path(row[field]).suffix)
+            text = json.dumps({"prompt": row["prompt"], "label": i}).encode()
+            member = tarfile.TarInfo(f"{key}.json")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text))
 
 
 def copy_corpus(corpus: Path, folder: Path, names: tuple[str, ...]) -> None:
@@ -180,6 +197,12 @@ READERS = {
     "show": Reader(("data",), ("data/prompt.json", "data/*/0.*", "data/*/1.*"), _show),
     "check": Reader(
         ("data",), ("data/prompt.json", "data/*/*"), lambda folder, _: data.main(["check", str(folder / "data")])
+    ),
+    "check table": Reader(
+        ("data",), ("data/pairs.csv",), lambda folder, _: data.main(["check", str(folder / "data" / "pairs.csv")])
+    ),
+    "check shards": Reader(
+        ("shards.tar",), ("shards.tar",), lambda folder, _: data.main(["check", str(folder / "shards.tar")])
     ),
     "train": Reader(
         ("base.safetensors", "data"), ("base.safetensors", "data/prompt.json", "data/*/*"),

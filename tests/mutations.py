@@ -52,10 +52,45 @@ def mutate(rng: random.Random, name: str, content: bytes) -> bytes:
     by_format: dict[str, Callable[[random.Random, bytes], bytes]] = {
         ".json": _json_lines if Path(name).name == "prompt.json" else _json_file, ".jsonl": _json_lines,
         ".safetensors": _safetensors, ".ckpt": _zip_or_pickle, ".pth": _zip_or_pickle, ".png": _png, ".jpg": _jpeg,
-        ".npy": _npy,
+        ".npy": _npy, ".tar": _tar, ".csv": _csv,
     }  # fmt: skip
     known = by_format.get(ending, _blind)
     return (known if rng.random() < 0.7 else _blind)(rng, content)
+
+
+def _tar(rng: random.Random, content: bytes) -> bytes:
+    """Change fields of the headers of a tar archive and make their checksums right; or repeat, drop or swap blocks."""
+    data = bytearray(content)
+    heads = [at for at in range(0, len(data) - 511, 512) if data[at + 257 : at + 262] == b"ustar"]
+    for at in rng.sample(heads, min(len(heads), rng.choice((1, 1, 2, 5)))):
+        if rng.random() < 0.15:
+            other = 512 * rng.randrange(len(data) // 512)
+            data[at : at + 512], data[other : other + 512] = data[other : other + 512], data[at : at + 512]
+            continue
+        name = rng.choice((b"../x.png", b"/etc/passwd", b"a" * 100, b"0.png", b"\xff.png", b"", b".", b"0.", b"..txt"))
+        size = rng.choice((b"77777777777\0", b"-1", b"\x80" + b"\xff" * 11, b"\xff" * 12, b"0" * 12, b"1", b"1000"))
+        start, value = rng.choice((
+            (0, name), (124, size), (156, rng.choice("0123456789xgLKSVMDNA\0").encode()), (156, b"x"),
+            (157, b"/dev/zero"), (257, b"ustar  \0"), (345, b"../" * 20), (482, b"\1"),
+        ))  # fmt: skip
+        data[at + start : at + start + len(value)] = value
+        data[at + 148 : at + 156] = b"%06o\0 " % (sum(data[at : at + 148]) + 8 * 32 + sum(data[at + 156 : at + 512]))
+    return bytes(data)
+
+
+def _csv(rng: random.Random, content: bytes) -> bytes:
+    """Odd cells, columns and quotes."""
+    lines = [line.split(b",") for line in content.split(b"\n")]
+    for _ in range(rng.choice((1, 1, 3))):
+        line = rng.choice(lines)
+        value = rng.choice((
+            b"", b'"', b'""', b'"a', b'a"b"', b"\0", b"\xff", b"/etc/passwd", b"../x", b"C:\\x", b"image",
+            b"x" * 200_000, b"\r", b'"\r\n"', b"1e999", b"9" * 5000, b"\xef\xbb\xbf",
+        ))  # fmt: skip
+        line[rng.randrange(len(line))] = value
+        if rng.random() < 0.3:
+            line.insert(0, value)
+    return b"\n".join(b",".join(line) for line in lines)
 
 
 def odd_file(rng: random.Random, path: Path) -> str:

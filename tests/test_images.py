@@ -138,6 +138,98 @@ def test_palettes_are_class_numbers_where_asked_for(tmp_path):
     assert classes(hint_channels=1)[0] == 77 and classes(hint_channels=3, hint_resample="nearest")[0] == 255
 
 
+# ----------------------------------------------------------------------------------- exact pixels of every kind of file
+def words16(*rows: list[tuple[int, ...]]) -> list[bytes]:
+    return [b"".join(struct.pack(f">{len(pixel)}H", *pixel) for pixel in row) for row in rows]
+
+
+def test_16_bits_a_channel(tmp_path):
+    """Gray is divided by 257 and rounded. Of colours Pillow takes the high byte, at most 1 of 255 less."""
+    values = [0, 128, 129, 32767, 32768, 33023, 65534, 65535]
+    Image.fromarray(np.array([values], np.uint16)).save(tmp_path / "gray.png")
+    assert data.read_image(tmp_path / "gray.png", 1)[0, :, 0].tolist() == [0, 0, 1, 127, 128, 128, 255, 255]
+    assert data.read_image(tmp_path / "gray.png")[0, 3].tolist() == [127] * 3
+    pixels = [(0x1234, 0xFFFF, 0x00FF), (0x8000, 0, 0x7F80)] * 4
+    (tmp_path / "rgb.png").write_bytes(png(2, 16, words16(pixels)))
+    assert data.read_image(tmp_path / "rgb.png")[0, :2].tolist() == [[0x12, 255, 0], [128, 0, 0x7F]]
+    (tmp_path / "rgba.png").write_bytes(png(6, 16, words16([(0x1234, 0xFFFF, 0, 0xFFFF), (0x1234, 0, 0, 0x8000)] * 4)))
+    assert data.read_image(tmp_path / "rgba.png", ground="white")[0, :2].tolist() == [[18, 255, 0], [136, 127, 127]]
+    (tmp_path / "la.png").write_bytes(png(4, 16, words16([(0x4000, 0xFFFF), (0x4000, 0)] * 4)))
+    assert data.read_image(tmp_path / "la.png", ground="white")[0, :2].tolist() == [[64] * 3, [255] * 3]
+    kinds = {"gray": ("gray",), "rgb": (), "rgba": ("alpha",), "la": ("gray", "alpha")}
+    assert all(decode(tmp_path / f"{name}.png", Reading()).kinds == (*kind, "16 bits") for name, kind in kinds.items())
+
+
+def test_palettes_and_gray_with_alpha(tmp_path):
+    image = Image.frombytes("P", (3, 1), bytes([0, 1, 2]))
+    image.putpalette([10, 20, 30, 200, 100, 50, 255, 0, 1])
+    image.save(tmp_path / "p.png")
+    assert data.read_image(tmp_path / "p.png").tolist() == [[[10, 20, 30], [200, 100, 50], [255, 0, 1]]]
+    image.save(tmp_path / "p.gif")
+    assert data.read_image(tmp_path / "p.gif").tolist() == [[[10, 20, 30], [200, 100, 50], [255, 0, 1]]]
+    image.save(tmp_path / "p.png", transparency=bytes([255, 128, 0]))
+    assert data.read_image(tmp_path / "p.png", ground="white").tolist() == [[[10, 20, 30], [227, 177, 152], [255] * 3]]
+    assert data.read_image(tmp_path / "p.png", ground="black").tolist() == [[[10, 20, 30], [100, 50, 25], [0] * 3]]
+    Image.fromarray(np.array([[[100, 255], [100, 128], [100, 1], [7, 0]]], np.uint8), "LA").save(tmp_path / "la.png")
+    assert data.read_image(tmp_path / "la.png", 1, ground="white")[0, :, 0].tolist() == [100, 177, 254, 255]
+    assert data.read_image(tmp_path / "la.png", 4)[0].tolist() == [[100, 100, 100, a] for a in (255, 128, 1)] + [
+        [7, 7, 7, 0]
+    ]
+    Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1").save(tmp_path / "1.png")
+    assert data.read_image(tmp_path / "1.png").tolist() == [[[0] * 3, [255] * 3]]
+    assert decode(tmp_path / "p.png", Reading()).kinds == ("palette",)
+    assert decode(tmp_path / "la.png", Reading()).kinds == ("gray", "alpha")
+
+
+@pytest.mark.parametrize("ending", ["tif", "jpg"])
+def test_cmyk(ending, tmp_path):
+    """JPEG files hold the inverse of the inks, as Adobe's programs write them and say in a marker; TIFF the inks."""
+    inks = {(0, 255, 255, 0): [255, 0, 0], (255, 0, 0, 0): [0, 255, 255], (0, 0, 0, 255): [0, 0, 0],
+            (0, 0, 0, 0): [255, 255, 255], (128, 0, 0, 127): [64, 128, 128]}  # fmt: skip
+    for ink, color in inks.items():
+        path = tmp_path / f"x.{ending}"
+        Image.new("CMYK", (8, 8), ink).save(path, **({"quality": 100} if ending == "jpg" else {}))
+        assert (b"Adobe" in path.read_bytes()) == (ending == "jpg")
+        read = data.read_image(path)
+        assert read.shape == (8, 8, 3) and abs(read.astype(int) - color).max() <= (ending == "jpg"), ink
+    assert decode(path, Reading()).kinds == ("CMYK",)
+
+
+TURNED = {  # what a camera's tag says of stored pixels -> the picture
+    1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+    8: lambda a: np.rot90(a),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "webp", "jpg"])
+def test_orientation_tags(ending, tmp_path):
+    """Pictures come out upright, and the size that is read without decoding is theirs; unknown tags say nothing."""
+    stored = np.random.default_rng(0).integers(0, 2, (2, 3, 3), np.uint8).repeat(16, 0).repeat(16, 1) * 255
+    for tag in (*TURNED, 0, 9, 77):
+        image, path = Image.fromarray(stored), tmp_path / f"x.{ending}"
+        exif = image.getexif()
+        exif[0x0112] = tag
+        settings = {"webp": dict(lossless=True), "jpg": dict(quality=100, subsampling=0)}.get(ending, {})
+        image.save(path, exif=exif, **settings)
+        wanted = TURNED.get(tag, TURNED[1])(stored)
+        read = data.read_image(path)
+        assert read.shape == wanted.shape and abs(read.astype(int) - wanted).max() <= 8 * (ending == "jpg"), tag
+        assert images.size_on_disk(path) == wanted.shape[1::-1], tag
+        assert ("turned" in decode(path, Reading()).kinds) == (2 <= tag <= 8)
+
+
+def test_a_turned_hint_fits_a_target_that_is_not(tmp_path):
+    hint = Image.new("RGB", (6, 4))
+    exif = hint.getexif()
+    exif[0x0112] = 6
+    hint.save(tmp_path / "h.tif", exif=exif)
+    Image.new("RGB", (4, 6)).save(tmp_path / "t.png")
+    (tmp_path / "prompt.json").write_text('{"source": "h.tif", "target": "t.png", "prompt": "p"}')
+    dataset = data.FolderDataset(tmp_path)
+    assert dataset.sizes(0) == ((4, 6), (4, 6)) and dataset[0]["hint"].shape == (6, 4, 3)
+
+
 def test_the_memory_that_a_picture_takes_is_bounded(tmp_path, recwarn):
     row = b"\0" * 1000
     (tmp_path / "large.png").write_bytes(png(0, 8, [row[:8]] * 3000))

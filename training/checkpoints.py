@@ -38,13 +38,15 @@ from weights.writing import write_atomically, write_folder, write_safetensors
 
 
 def read_state(
-    folder: Path, config: Config, origin: dict[str, str], rows: list[str], data_changed: bool = False
-) -> dict[str, Any]:
+    folder: Path, config: Config, origin: dict[str, str], rows: list[str], data_changed: bool = False,
+    older_rows: Callable[[], list[str]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The state.json of the checkpoint `folder`.
 
     `origin`: fingerprints of base, VAE and data as they are now; `rows`: digests of the rows of the data set, empty for
-    a data set that is not a folder. CheckpointError where base or VAE are not those of the run, where rows are not and
-    `data_changed` does not accept that, and where the run has more steps than `config` asks for.
+    a data set that is not on disk; `older_rows` computes them as checkpoints of older versions have them.
+    CheckpointError where base or VAE are not those of the run, where rows are not and `data_changed` does not accept
+    that, and where the run has more steps than `config` asks for.
     """
     state = load_state(folder)
     for name, path in (("base", config.base), ("vae", config.vae or config.base)):
@@ -52,7 +54,7 @@ def read_state(
             raise CheckpointError(
                 f"{path}: not the {name} that {folder} was trained on (its content has another fingerprint)"
             )
-    if change := find_changed_rows(folder, state, origin, rows):
+    if change := find_changed_rows(folder, state, origin, rows, older_rows):
         if not data_changed:
             raise CheckpointError(
                 f"{config.data}: not the data that {folder} was trained on: {change}; --data-changed accepts that"
@@ -63,12 +65,18 @@ def read_state(
     return state
 
 
-def find_changed_rows(folder: Path, state: dict[str, Any], origin: dict[str, str], rows: list[str]) -> str:
+def find_changed_rows(
+    folder: Path, state: dict[str, Any], origin: dict[str, str], rows: list[str],
+    older_rows: Callable[[], list[str]] | None = None,
+) -> str:  # fmt: skip
     """How the rows of the data set differ from those of the checkpoint `folder`, in words; empty if they do not."""
     file = folder / "rows.txt"
     if not rows or not file.exists():  # a checkpoint of before there was such a list
         return "" if state.get("data", origin["data"]) == origin["data"] else "the list of its rows is another"
-    removed, added = data.compare_rows(file.read_text().split(), rows)
+    before = file.read_text().split()
+    if older_rows and before and len(before[0]) == 16:  # digests in which the files' paths count too
+        rows = older_rows()
+    removed, added = data.compare_rows(before, rows)
     return f"{removed} rows were removed and {added} added (a repaired row counts as both)" if removed or added else ""
 
 

@@ -15,23 +15,26 @@ import io
 import math
 import os
 import re
-import stat
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
+from training.files import MAX_MEGAPIXELS, File, file_bytes, naming, open_file
+from training.files import DataError as DataError
+from training.files import one_line as one_line
+from training.files import read_bytes as read_bytes
+
 RESAMPLE = {"area": Image.Resampling.BOX, "nearest": Image.Resampling.NEAREST}
 Size = tuple[int, int]  # (width, height) in pixels
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # number of channels -> Pillow's mode
 GROUNDS = {"white": 255, "black": 0}  # what shows through transparent pixels
-MAX_MEGAPIXELS = 256.0  # the largest image that is decoded, unless told otherwise
 # The largest value of what Pillow reads into its modes of more than 8 bits, by the format of the numbers in the file.
 LARGEST = {
     "I;12": 4095,
@@ -41,9 +44,17 @@ LARGEST = {
     "I;32BS": 2**31 - 1,
 } | dict.fromkeys(("I;32", "I;32N", "I;32B"), 2**32 - 1)
 
-
-class DataError(ValueError):
-    """A data set that cannot be trained on. The message names the file, the line and what to do about the problem."""
+# What a file can be beyond RGB of 8 bits, and what is made of it.
+KINDS = {
+    "gray": ("gray", "the shade goes to every channel"),
+    "alpha": ("with an alpha channel", "transparent parts are laid on a ground"),
+    "palette": ("with a palette", "its colours are taken"),
+    "16 bits": ("of 16 bits a channel", "brought to 8 bits"),
+    "numbers": ("of floats or 32 bits a channel", "brought to 8 bits"),
+    "CMYK": ("CMYK", "converted to RGB without a colour profile"),
+    "other colours": ("in another colour space", "converted to RGB"),
+    "turned": ("with a camera's orientation tag", "turned upright"),
+}
 
 
 @dataclass(frozen=True)
@@ -66,47 +77,16 @@ class Reading:
 
 class Decoded(NamedTuple):
     """An image and what training tells of it: the largest of its numbers and the one that counts as full; how bright
-    its opaque part is (0..1; -1: nothing is transparent)."""
+    its opaque part is (0..1; -1: nothing is transparent); what its file is beyond RGB of 8 bits."""
 
     array: np.ndarray  # (H,W,C) uint8
     largest: float
     full: float
     brightness: float = -1.0
+    kinds: tuple[str, ...] = ()  # keys of KINDS
 
 
-# ------------------------------------------------------------------------------------------------- from file to bytes
-def one_line(text: object) -> str:
-    """`text` with whatever does not print (line breaks, half characters) written as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turn any of the many exceptions of image decoders into a DataError of one line that names the file."""
-    try:
-        yield
-    except DataError as e:
-        raise DataError(f"{one_line(path)}: {e}") from e
-    except FileNotFoundError as e:
-        raise DataError(f"{one_line(path)}: no such image") from e
-    except OSError as e:
-        raise DataError(f"{one_line(path)}: {e.strerror or f'not a readable image ({one_line(e)})'}") from e
-    except Exception as e:
-        reason = one_line(" ".join(str(e).split())) or type(e).__name__
-        raise DataError(f"{one_line(path)}: not a readable image ({reason})") from e
-
-
-def read_bytes(path: Path, max_pixels: float = MAX_MEGAPIXELS * 1e6) -> bytes:
-    """The content of a regular file. Raises DataError, also for a pipe or a device, which might never end."""
-    with _naming(path):
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
-            raise DataError("is no regular file (a folder, pipe or device)")
-        if found.st_size > 16 * max_pixels:
-            raise DataError(f"has {found.st_size} bytes, more than an image of {max_pixels / 1e6:g} megapixels takes")
-        return path.read_bytes()
-
-
+# ------------------------------------------------------------------------------------------------ from bytes to pixels
 def check_pixels(width: int, height: int, max_pixels: float) -> None:
     """DataError for an image without pixels, or of more than the bound."""
     if width * height == 0:
@@ -135,7 +115,7 @@ def endings() -> frozenset[str]:
 
 
 @contextlib.contextmanager
-def _opened(content: bytes | Path, max_pixels: float) -> Iterator[Image.Image]:
+def _opened(content: bytes | BinaryIO, max_pixels: float) -> Iterator[Image.Image]:
     """The picture in `content`, not decoded yet. Pillow's own bound on the size, a global, is replaced by ours."""
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, int(max_pixels)
     try:
@@ -154,7 +134,6 @@ def _opened(content: bytes | Path, max_pixels: float) -> Iterator[Image.Image]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-# ------------------------------------------------------------------------------------------------ from bytes to pixels
 def read_image(path: str | Path, channels: int | None = 3, **settings: object) -> np.ndarray:
     """Read an image file as (H,W,channels) uint8; `settings`: further fields of Reading. Raises DataError.
 
@@ -163,12 +142,12 @@ def read_image(path: str | Path, channels: int | None = 3, **settings: object) -
     return decode(Path(path), Reading(channels, **settings)).array
 
 
-def decode(path: Path, reading: Reading, content: bytes | None = None) -> Decoded:
+def decode(file: File, reading: Reading, content: bytes | None = None) -> Decoded:
     """Read an image file, or its `content` if that is read already. Raises DataError."""
-    content = read_bytes(path, reading.max_pixels) if content is None else content
-    with _naming(path):
-        if path.suffix.lower() == ".npy":
-            return _decode_array(_load_npy(path, content, reading.max_pixels), reading)
+    content = read_bytes(file, reading.max_pixels) if content is None else content
+    with naming(file):
+        if file.suffix.lower() == ".npy":
+            return _decode_array(_load_npy(content, reading.max_pixels), reading)
         if reading.channels not in (None, *MODES):
             other = f"for {reading.channels} give .npy files of (height, width, {reading.channels})"
             raise DataError(f"a picture has 1, 3 or 4 channels; {other}")
@@ -176,25 +155,30 @@ def decode(path: Path, reading: Reading, content: bytes | None = None) -> Decode
             return _decode_picture(image, reading)
 
 
-def _npy_header(path: Path) -> tuple[tuple[int, ...], np.dtype, int, str]:
-    """Shape, dtype, place of the first number and memory order of a `.npy` file, checked against the file's length.
-
-    No number is read through the map, since the file may shrink under it.
-    """
+def _npy_header(file: BinaryIO, length: int) -> tuple[tuple[int, ...], np.dtype, int, str]:
+    """Shape, dtype, place of the first number and memory order of a `.npy` file, checked against the file's length."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
+        if not length:
+            raise ValueError("it has nothing in it")
+        version = np.lib.format.read_magic(file)
+        if version not in readers:
+            raise ValueError(f"its format has version {version[0]}.{version[1]}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            header = np.lib.format.open_memmap(path, mode="r")
+            shape, column_order, dtype = readers[version](file)
+        if dtype.hasobject:
+            raise ValueError("it holds Python objects")
+        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > length - file.tell():
+            raise ValueError(f"it is too short for {shape} of {dtype}")
     except ValueError as e:
-        found = one_line(" ".join(str(e).split()))
-        empty = "; has nothing in it" if "empty" in found else ""
-        raise DataError(f"not a readable .npy file of numbers ({found}{empty})") from e
-    return header.shape, header.dtype, header.offset, "F" if header.flags.fnc else "C"
+        raise DataError(f"not a readable .npy file of numbers ({one_line(' '.join(str(e).split()))})") from e
+    return shape, dtype, file.tell(), "F" if column_order else "C"
 
 
-def _load_npy(path: Path, content: bytes, max_pixels: float) -> np.ndarray:
+def _load_npy(content: bytes, max_pixels: float) -> np.ndarray:
     """The array in a `.npy` file: (H,W) or (H,W,C) of numbers."""
-    shape, dtype, offset, order = _npy_header(path)
+    shape, dtype, offset, order = _npy_header(io.BytesIO(content), len(content))
     if dtype.kind not in "biuf" or len(shape) not in (2, 3):
         raise DataError(f"is {shape} of {dtype}, should be (height, width, channels) of uint8 or floats")
     check_pixels(shape[1], shape[0] * min(1, *shape[2:], 1), max_pixels)
@@ -210,7 +194,7 @@ def _decode_array(array: np.ndarray, reading: Reading) -> Decoded:
     pixels, largest, full = to_uint8_range(array, full, reading.scale)
     if reading.channels not in (None, array.shape[2]):
         raise DataError(f"is {array.shape}, should be (height, width, {reading.channels})")
-    return Decoded(pixels, largest, full)
+    return Decoded(pixels, largest, full, kinds=() if array.dtype == np.uint8 else ("numbers",))
 
 
 def to_uint8_range(array: np.ndarray, full: float, scale: float) -> tuple[np.ndarray, float, float]:
@@ -236,8 +220,12 @@ def _refusal(array: np.ndarray) -> str:
 
 
 def _decode_picture(image: Image.Image, reading: Reading) -> Decoded:
-    raw = _raw_mode(image)
-    image = ImageOps.exif_transpose(image)
+    raw, kinds = _raw_mode(image), _kinds(image)
+    return _to_pixels(ImageOps.exif_transpose(image), raw, reading)._replace(kinds=kinds)
+
+
+def _to_pixels(image: Image.Image, raw: str, reading: Reading) -> Decoded:
+    """The picture as an array. `raw`: the result of `_raw_mode`."""
     premultiplied = {"RGBa": "RGBA", "La": "LA"}
     image = image.convert(premultiplied[image.mode]) if image.mode in premultiplied else image
     if image.mode == "P" and reading.class_numbers:
@@ -263,6 +251,23 @@ def _decode_picture(image: Image.Image, reading: Reading) -> Decoded:
         brightness = float((np.asarray(image.convert("L")) * weight).sum() / max(1.0, weight.sum()) / 255)
         array = lay_on(array, alpha, reading.ground if reading.ground in GROUNDS else visible_ground(brightness))
     return Decoded(array, float(array.max() if largest is None else largest), full, brightness)
+
+
+def _kinds(image: Image.Image) -> tuple[str, ...]:
+    """What a picture file that is not decoded yet is beyond RGB of 8 bits: keys of KINDS."""
+    names = {"RGB": [], "1": ["gray"], "L": ["gray"], "P": ["palette"], "PA": ["palette", "alpha"], "CMYK": ["CMYK"]}
+    names |= dict.fromkeys(("RGBA", "RGBa"), ["alpha"]) | dict.fromkeys(("LA", "La"), ["gray", "alpha"])
+    raw = _raw_mode(image)
+    mode = "LA" if raw.startswith("LA;") else image.mode  # Pillow opens gray with alpha of 16 bits as RGBA
+    found = ["gray", "numbers"] if mode[0] in "IF" else names.get(mode, ["other colours"])
+    if "16" in raw or image.mode.startswith("I;16"):
+        found = [name for name in found if name != "numbers"] + ["16 bits"]
+    return (*found, *(["turned"] if 2 <= _orientation(image) <= 8 else []))
+
+
+def _orientation(image: Image.Image) -> int:
+    """How the camera was held: 1 upright, 2 to 8 turned or mirrored; at 5 to 8 width and height change places."""
+    return image.getexif().get(0x0112, 1)
 
 
 def _raw_mode(image: Image.Image) -> str:
@@ -304,23 +309,22 @@ def lay_on(array: np.ndarray, alpha: np.ndarray, ground: str) -> np.ndarray:
     return ((array * opaque + GROUNDS[ground] * (255 - opaque) + 127) // 255).astype(np.uint8)
 
 
-def size_on_disk(path: Path, max_pixels: float = MAX_MEGAPIXELS * 1e6) -> Size:
+def size_on_disk(file: File, max_pixels: float = MAX_MEGAPIXELS * 1e6) -> Size:
     """The (width, height) of an image file, without decoding its pixels. Raises DataError."""
-    with _naming(path):
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise DataError("is no regular file (a folder, pipe or device)")
-        if path.suffix.lower() == ".npy":
-            height, width = _npy_header(path)[0][:2]
+    with naming(file), open_file(file) as opened:
+        if file.suffix.lower() == ".npy":
+            height, width = _npy_header(opened, file_bytes(file))[0][:2]
             return width, height
-        with _opened(path, max_pixels) as image:
-            quarter_turn = image.getexif().get(0x0112, 1) >= 5  # the camera's orientation tag
-            return image.size[::-1] if quarter_turn else image.size
+        with _opened(opened, max_pixels) as image:
+            tags = getattr(image, "tag_v2", None)  # of a TIFF file, whose `size` is turned in newer versions of Pillow
+            size = (int(tags[256]), int(tags[257])) if tags else image.size
+            return size[::-1] if _orientation(image) in (5, 6, 7, 8) else size
 
 
 def is_plain(path: Path, content: bytes, max_pixels: float = MAX_MEGAPIXELS * 1e6) -> bool:
     """Whether every program reads the `content` of a file alike: a JPEG or PNG, with the ending of its format, RGB or
     gray in 8 bits, opaque, and not turned by an orientation tag. Raises DataError for what is no picture."""
-    with _naming(path), _opened(content, max_pixels) as image:
+    with naming(path), _opened(content, max_pixels) as image:
         named = Image.registered_extensions().get(path.suffix.lower())
         opaque = image.mode in ("L", "RGB") and "transparency" not in image.info and "16" not in _raw_mode(image)
         return opaque and image.format == named and named in ("JPEG", "PNG") and image.getexif().get(0x0112, 1) == 1

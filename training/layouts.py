@@ -1,201 +1,315 @@
-"""How a folder lists its (target, hint, prompt) triples.
+"""Which layout a data set has, and its rows.
 
-A folder has one of the `LAYOUTS` if it holds a file of that name. Fill50K's `prompt.json` has one JSON object a line,
-with `source` (the hint image), `target` and `prompt`; a JSON array of such objects is read too. Nothing in the file is
-trusted: whatever is wrong with a row becomes the row's `problem`, one line that names the place.
+    what --data names                  layout           read by
+    a folder with prompt.json          Fill50K          training/tables.py
+    a folder with metadata.jsonl/csv   imagefolder      training/tables.py
+    a .csv, .tsv, .json, .jsonl file   table            training/tables.py
+    a folder of images, and --hints    folder pairs     training/pairs.py
+    .tar files: one, a pattern or a    WebDataset       training/shards.py
+    folder of them
+
+The layout is found from what is there. A folder in which it is not clear is refused, with what was looked for and what
+was found. Whatever the layout, what comes out is a list of `training.rows.Row`s.
 """
 
-import codecs
-import json
+import glob
+import itertools
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from torch import Tensor
+from training.files import DataError, natural_order, one_line, read_bytes
+from training.pairs import read_pairs
+from training.rows import EMPTY, IMAGE_ENDINGS, RESERVED, Row, check_texts, find_file, further_keys, inside_of
+from training.rows import check_aspects as check_aspects
+from training.rows import keys_of_all as keys_of_all
+from training.shards import read_shards
+from training.tables import (
+    FILL50K,
+    MAX_LIST_BYTES,
+    READERS,
+    find_columns,
+    numbers_where_all,
+    parse_columns,
+    read_csv,
+    read_json_lines,
+)
 
-from training.images import DataError, Size, one_line, read_bytes, same_aspect
-
-EMPTY = "the prompt is empty"
-FIELDS = ("source", "target", "prompt")
-# Names of what a row and a sample hold (see `data.Samples`): a further key of a row cannot take one of them.
-RESERVED = {
-    *FIELDS, "jpg", "txt", "hint", "sizes", "moments", "latents", "context", "pooled", "y", "noise", "posterior_noise",
-    "timesteps",
-}  # fmt: skip
-MAX_LIST_BYTES = 1 << 32
-BYTE_ORDER_MARKS = {  # the longer ones first: that of UTF-32 begins with that of UTF-16
-    codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16", codecs.BOM_UTF8: "utf-8-sig",
-}  # fmt: skip
+# The lists that a folder can hold, by name. A reader yields the place of each triple in the file and a dict with the
+# FIELDS (paths relative to the folder) and any further keys; the columns of the metadata files have names of their own.
+METADATA = "with columns image or file_name, conditioning_image, and text"
+LAYOUTS: dict[str, tuple[Callable[[Path], Iterator[tuple[str, Any]]], str]] = {
+    "prompt.json": (read_json_lines, "one JSON object a line, with source, target and prompt"),
+    "metadata.jsonl": (read_json_lines, f"one JSON object a line, {METADATA}"),
+    "metadata.csv": (read_csv, f"a table {METADATA}"),
+}
+MAX_FILES = 100_000  # that a pattern may stand for
+# What the flags of data.py and train.py say of themselves.
+DATA_HELP = (
+    "the data set: a folder with prompt.json or metadata.csv or .jsonl; a .csv or .jsonl file; a folder of images with "
+    "captions (and --hints); or .tar shards, in quotes where a pattern names them ('shards/{000..003}.tar')"
+)
+HINTS_HELP = "folder of the hints, where --data is a folder of images: files of the same names, in any image format"
+COLUMNS_HELP = (
+    "names of columns, as in target=image,hint=edges,prompt=caption, where they are not the usual ones; in .tar shards "
+    "the endings of members"
+)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One triple of a folder; `where` is its place as error messages name it: "ROOT/prompt.json, line 3".
+class Layout:
+    """What a data set is: the layout's name, the folder of its files, and its list, shards or folder of hints.
 
-    A row with a `problem` other than EMPTY cannot be used; its paths may be empty.
+    `whole_folder`: the shards are those of the folder, and were not named one by one. `remark`: what should be told
+    beside the name.
     """
 
-    where: str
-    hint: Path = Path()
-    target: Path = Path()
-    prompt: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
-    problem: str = ""
+    name: str
+    folder: Path
+    file: Path | None = None
+    shards: tuple[Path, ...] = ()
+    hints: Path | None = None
+    whole_folder: bool = False
+    remark: str = ""
 
-    @property
-    def readable(self) -> bool:
-        return self.problem in ("", EMPTY)
-
-
-def read_json_lines(file: Path) -> Iterator[tuple[str, Any]]:
-    """Read a file of one JSON object a line, or of one array of objects: yield ("line 3" or "item 3", the object), or
-    a DataError in place of the object. The text is UTF-8, or what a byte order mark at its start says."""
-    content = read_bytes(file, MAX_LIST_BYTES)
-    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if content.startswith(mark)), "utf-8")
-    if encoding != "utf-8":
-        try:
-            content = content.decode(encoding).encode("utf-8", "surrogatepass")
-        except UnicodeDecodeError as e:
-            yield "line 1", DataError(f"not {encoding.upper()} text, as its first bytes say (byte {e.start} is wrong)")
-            return
-    if re.match(rb"\s*\[\s*[{\]]", content):
-        array = parse_json(content)
-        array = array if isinstance(array, list) else [array]
-        yield from ((f"item {number}", entry) for number, entry in enumerate(array, 1))
-        return
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if line.strip():
-            yield f"line {number}", parse_json(line)
+    def __str__(self) -> str:
+        what = self.file.name if self.file else f"hints in {self.hints}" if self.hints else _count_shards(self.shards)
+        return f"{self.name} ({what}{self.remark})"
 
 
-def parse_json(text: bytes) -> Any:
-    """The value of a JSON text in UTF-8, or a DataError that says what is wrong with it."""
+def _count_shards(shards: tuple[Path, ...]) -> str:
+    return f"{len(shards)} shards" if len(shards) > 1 else shards[0].name
+
+
+# ----------------------------------------------------------------------------------------------------------- detection
+def detect(root: str | Path, hints: str | Path = "") -> Layout:
+    """The layout of what `root` names: a folder, a file or a pattern. `hints`: the folder of the hints of folder pairs.
+
+    Raises DataError, one line that says what was looked for and what is there.
+    """
+    path = Path(root)
+    if path.is_dir():
+        return _detect_folder(path, hints)
+    if hints:
+        raise DataError(f"{root}: --hints goes with a folder of images, which this is not; leave --hints out")
+    if path.exists():
+        return _detect_file(path)
+    if not is_pattern(root):
+        raise DataError(f"{root}: no such folder or file")
+    files = expand(root)
+    others = [file for file in files if file.suffix.lower() != ".tar"]
+    if others:
+        raise DataError(f"{root}: a pattern is for .tar shards, and {one_line(others[0])} is none")
+    return Layout("WebDataset", files[0].parent, shards=files)
+
+
+def _detect_folder(folder: Path, hints: str | Path) -> Layout:
+    lists = [name for name in LAYOUTS if (folder / name).is_file()]
+    shards = [path for path in folder.glob("*.tar") if not path.name.startswith(".")]
+    shards = tuple(sorted(shards, key=lambda path: natural_order(path.name)))
+    if len(lists) > 1:
+        raise DataError(f"{folder}: both {' and '.join(lists)} list rows; --data {folder / lists[0]} takes one of them")
+    if lists and hints:
+        raise DataError(
+            f"{folder}: {lists[0]} names the hints of its rows, and --hints is for a folder without a list; leave "
+            "--hints out, or move the list away"
+        )
+    if hints:
+        if not Path(hints).is_dir():
+            raise DataError(f"{one_line(hints)}: no such folder (--hints)")
+        return Layout("folder pairs", folder, hints=Path(hints))
+    if lists:
+        remark = f"; its {len(shards)} .tar files are not read" if shards else ""
+        return Layout(_list_name(lists[0]), folder, folder / lists[0], remark=remark)
+    for name in LAYOUTS:
+        if (folder / name).exists():
+            raise DataError(f"{folder / name}: is no regular file (a folder, pipe or device)")
+    if shards and (loose := [name for name in os.listdir(folder) if name.lower().endswith(IMAGE_ENDINGS)]):
+        raise DataError(
+            f"{folder}: both {len(shards)} .tar shards and {len(loose)} images; --data '{folder}/*.tar' takes the "
+            "shards, --hints FOLDER the images"
+        )
+    if shards:
+        return Layout("WebDataset", folder, shards=shards, whole_folder=True)
+    looked_for = " or ".join(f"{name} in it: {form}" for name, (_, form) in LAYOUTS.items())
+    raise DataError(
+        f"{folder}: no {looked_for}; no .tar shards in it; and no --hints FOLDER, which goes with images that have "
+        f"captions (.txt) beside them (found {_found_in(folder)})"
+    )
+
+
+def _detect_file(path: Path) -> Layout:
+    if not path.is_file():
+        raise DataError(f"{path}: is no regular file (a folder, pipe or device)")
+    if path.name in LAYOUTS:
+        return Layout(_list_name(path.name), path.parent, path)
+    if path.suffix.lower() == ".tar":
+        return Layout("WebDataset", path.parent, shards=(path,))
+    if path.suffix.lower() in READERS:
+        return Layout("table", path.parent, path)
+    raise DataError(f"{path}: is no data set: a folder, a table ({', '.join(READERS)}) or .tar shards are")
+
+
+def _list_name(name: str) -> str:
+    return {"prompt.json": "Fill50K", "metadata.jsonl": "imagefolder", "metadata.csv": "imagefolder"}.get(name, "list")
+
+
+def _found_in(folder: Path) -> str:
+    """What is in a folder, in a few words: sub-folders, single files, and how many there are of each ending."""
     try:
-        return json.loads(text.decode("utf-8", "surrogatepass"))
-    except UnicodeDecodeError:
-        return DataError("not UTF-8 text")
-    except json.JSONDecodeError as e:
-        hint = "; the text has NUL bytes: is it UTF-16 without a byte order mark?" if b"\0" in text else ""
-        return DataError(f"not JSON ({e.msg} at {f'line {e.lineno}, ' if e.lineno > 1 else ''}column {e.colno}{hint})")
-    except RecursionError:
-        return DataError("not JSON that can be read (nested too deeply)")
-    except ValueError as e:  # a number of thousands of digits
-        return DataError(f"not JSON that can be read ({one_line(e).split(';')[0]})")
+        entries = sorted(os.scandir(folder), key=lambda entry: natural_order(entry.name))
+    except OSError as e:
+        return e.strerror or str(e)
+    entries = [entry for entry in entries if not entry.name.startswith(".")]
+    folders = [entry.name for entry in entries if os.path.isdir(entry.path)]
+    lists = [f"{name}/{file}" for name in folders[:100] for file in LAYOUTS if (folder / name / file).is_file()]
+    files = [entry.name for entry in entries if not os.path.isdir(entry.path)]
+    endings = Counter(os.path.splitext(name)[1].lower() for name in files)
+    few = [name for name in files if endings[os.path.splitext(name)[1].lower()] == 1]
+    many = [f"{count} {ending or 'without an ending'}" for ending, count in endings.most_common() if count > 1]
+    found = [*lists[:3], *many[:5], *few[:5], *(f"{name}/" for name in folders[: 0 if lists else 5])]
+    return one_line(", ".join(found) if found else "nothing")
 
 
-# The reader of a layout yields the place of each triple in the file and a dict with the FIELDS (paths relative to the
-# folder) and any further keys.
-LAYOUTS = {"prompt.json": (read_json_lines, "one JSON object a line, with source, target and prompt")}
+def is_dataset(root: str | Path, hints: str | Path = "") -> bool:
+    """Whether `root` is a data set in one of the layouts."""
+    try:
+        return bool(detect(root, hints))
+    except (DataError, OSError, ValueError):
+        return False
 
 
 def find_list(root: str | Path) -> Path:
     """The file in the folder `root` that lists its triples. Raises DataError if there is none."""
-    for name in LAYOUTS:
-        if (Path(root) / name).is_file():
-            return Path(root) / name
-    if not Path(root).is_dir():
-        raise DataError(f"{root}: no such folder")
-    for name in LAYOUTS:
-        if (Path(root) / name).exists():
-            raise DataError(f"{Path(root) / name}: is no regular file (a folder, pipe or device)")
-    raise DataError(f"{root}: no {' or '.join(f'{name} in it: {form}' for name, (_, form) in LAYOUTS.items())}")
+    file = detect(root).file
+    if file is None:
+        raise DataError(f"{root}: no file in it lists rows ({' or '.join(LAYOUTS)})")
+    return file
 
 
-def is_dataset(root: str | Path) -> bool:
-    """Whether `root` is a folder in one of the layouts."""
-    return any((Path(root) / name).is_file() for name in LAYOUTS)
+# ------------------------------------------------------------------------------------------------------------ patterns
+def is_pattern(root: str | Path) -> bool:
+    return bool(re.search(r"[*?\[]|\{.*(\.\.|,).*\}", str(root)))
 
 
-def read_rows(root: str | Path, follow_links: bool = False) -> list[Row]:
-    """All rows of the folder `root`, with the problems that show without opening any image.
+def expand(pattern: str | Path) -> tuple[Path, ...]:
+    """The files that a pattern stands for, in order: {000..012} and {a,b} as in a shell, * and ? and [] as in a folder.
 
-    `follow_links`: links in the folder may lead out of the folder.
+    DataError if a file that is named by braces alone is not there, or nothing is found.
     """
-    root, file = Path(root), find_list(root)
-    real_root = os.path.realpath(root)
-    inside = lru_cache(maxsize=None)(lambda path: Path(os.path.realpath(path)).is_relative_to(real_root))
-    rows = []
-    for place, entry in LAYOUTS[file.name][0](file):
-        where = f"{file}, {place}"
-        try:
-            if isinstance(entry, DataError):
-                raise entry
-            check_fields(entry)
-            hint, target = (find_file(root, entry[k], None if follow_links else inside) for k in FIELDS[:2])
-            extra = further_keys(entry, RESERVED)
-        except DataError as e:
-            rows.append(Row(where, problem=str(e)))
-            continue
-        problem = "" if entry["prompt"].strip() else EMPTY
-        rows.append(Row(where, hint, target, entry["prompt"], extra, problem))
-    return rows
-
-
-def check_fields(entry: Any) -> None:
-    """DataError unless `entry` is a dict with the FIELDS as texts of whole characters."""
-    missing = [k for k in FIELDS if not isinstance(entry, dict) or not isinstance(entry.get(k), str)]
+    names = list(itertools.islice(_expand_braces(os.path.expanduser(pattern)), MAX_FILES + 1))
+    if not 0 < len(names) <= MAX_FILES:
+        raise DataError(f"{pattern}: stands for {f'more than {MAX_FILES} files' if names else 'no file'}")
+    files, missing = [], []
+    for name in names:
+        is_glob = glob.has_magic(name) and not os.path.exists(name)
+        found = sorted(glob.glob(name), key=natural_order) if is_glob else [name] if os.path.exists(name) else []
+        files += map(Path, found)
+        missing += [] if found else [name]
     if missing:
-        raise DataError(f"lacks the text {' and '.join(missing)}")
-    for name, value in entry.items():
-        for text in (name, value) if isinstance(value, str) else (name,):
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as e:
-                raise DataError(f"{one_line(name)} has half of a character ({one_line(text[e.start])})") from e
-    for name in FIELDS[:2]:
-        if "\0" in entry[name] or not entry[name].strip():
-            raise DataError(f"{name} is {one_line(repr(entry[name]))}, which is no path")
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise DataError(f"{one_line(missing[0])}: no such file{more}")
+    return tuple(dict.fromkeys(files))
 
 
-def find_file(root: Path, name: str, inside: Callable[[str], bool] | None) -> Path:
-    """The path of the file that a row calls `name`, relative to the folder `root`; Windows' backslashes are understood.
+def _expand_braces(text: str) -> Iterator[str]:
+    """Texts with the first {...} of `text` that holds no other replaced by each of its choices, and so on."""
+    match = re.search(r"\{(?:([0-9]{1,9})\.\.([0-9]{1,9})|([^{}]*,[^{}]*))\}", text)
+    if not match:
+        yield text
+        return
+    first, last, choices = match.groups()
+    if first:
+        width = len(first) if first.startswith("0") else 0
+        words = (f"{number:0{width}d}" for number in range(int(first), int(last) + 1))
+    else:
+        words = iter(choices.split(","))
+    for word in words:
+        yield from _expand_braces(text[: match.start()] + word + text[match.end() :])
 
-    DataError for a path outside of the folder, and for a link that leads out of it. `inside`: whether the place that a
-    path leads to is in the folder (None: links are followed).
+
+def short_name(root: str | Path) -> str:
+    """A name for runs on this data set: of the folder, of the table, or of the folder of the shards."""
+    path = Path(os.path.realpath(root))
+    if not path.exists():
+        plain = itertools.takewhile(lambda part: not is_pattern(part), Path(os.path.abspath(root)).parts)
+        path = Path(*plain) if is_pattern(root) else path
+    elif path.is_file():
+        path = path.parent if path.name in LAYOUTS else path.with_suffix("")
+    return path.name or "data"
+
+
+# ---------------------------------------------------------------------------------------------------------------- rows
+def read_rows(
+    root: str | Path, follow_links: bool = False, columns: str = "", hints: str | Path = "",
+    index_dir: str | Path | None = None,
+) -> list[Row]:  # fmt: skip
+    """All rows of the data set `root`, with the problems that show without opening any image.
+
+    `follow_links`: links in the folder may lead out of the folder. `columns`: names of columns or endings, as --columns
+    has them. `hints`: the folder of the hints of folder pairs. `index_dir`: where indices of shards are remembered.
     """
-    if os.sep != "\\":
-        if "\\" in name and not os.path.lexists(root / name):
-            name = name.replace("\\", "/")
-        if re.match(r"[A-Za-z]:/", name):
-            raise DataError(f"{one_line(name)} leaves the folder (a drive of Windows)")
-    path = root / name
-    suspicious = ".." in name or os.path.isabs(name) or os.sep == "\\"
-    if suspicious and not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(root)):
-        raise DataError(f"{one_line(path)} leaves the folder")
-    if inside and not inside(os.fspath(path) if os.path.islink(path) else os.path.dirname(path)):
-        real = one_line(os.path.realpath(path))
-        raise DataError(f"{one_line(path)} is a link that leaves the folder (to {real}); --follow-links allows it")
-    return path
+    return read_layout(detect(root, hints), follow_links, columns, index_dir)[0]
 
 
-def further_keys(item: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """The further keys of an item, as far as their values can be put together to a batch. DataError for a number that
-    no tensor holds."""
-    kinds = (Tensor, np.ndarray, np.generic, int, float, str)
-    extra = {k: v for k, v in item.items() if k not in known and isinstance(v, kinds)}
-    for name, value in extra.items():
-        if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise DataError(f"{one_line(name)} is a whole number beyond 64 bits")
-    return extra
+def read_layout(
+    layout: Layout, follow_links: bool = False, columns: str = "", index_dir: str | Path | None = None
+) -> tuple[list[Row], str]:
+    """The rows of a data set of this layout, and a remark about them ("": none)."""
+    asked = parse_columns(columns)
+    if layout.file:
+        return _read_list(layout, follow_links, asked), ""
+    if layout.hints:
+        if set(asked) - {"prompt"}:
+            raise DataError("--columns: folder pairs have no columns; prompt=txt names the ending of their captions")
+        rows, left = read_pairs(layout.folder, layout.hints, follow_links, asked.get("prompt", ""))
+        return rows, f"{left} hints in {layout.hints} belong to no image" if left else ""
+    if layout.whole_folder and not follow_links:
+        inside = inside_of(layout.folder)
+        for path in layout.shards:
+            find_file(layout.folder, path.name, inside)
+    return read_shards(layout.shards, asked, Path(index_dir) if index_dir else None), ""
 
 
-def keys_of_all(rows: Sequence[Row]) -> set[str]:
-    """The further keys that all readable `rows` have, with values of one kind: texts, or numbers."""
-    rows = [row for row in rows if row.readable]
-    common = set.intersection(*(set(row.extra) for row in rows)) if rows else set()
-    return {k for k in common if len({isinstance(row.extra[k], str) for row in rows}) == 1}
+def _read_list(layout: Layout, follow_links: bool, asked: dict[str, str]) -> list[Row]:
+    """The rows of a folder with a list, or of a table."""
+    reader, _ = LAYOUTS.get(layout.file.name) or (READERS[layout.file.suffix.lower()], "")
+    entries = list(reader(layout.file))
+    objects = [entry for _, entry in entries if isinstance(entry, dict)]
+    columns = FILL50K | asked
+    if layout.name in ("imagefolder", "table") and objects:
+        names = dict.fromkeys(itertools.chain.from_iterable(objects))
+        columns = find_columns(names, asked, one_line(layout.file))
+    if reader is read_csv:
+        numbers_where_all(objects, columns.values())
+    inside = None if follow_links else inside_of(layout.folder)
+    return [_make_row(layout, columns, inside, place, entry) for place, entry in entries]
 
 
-def check_aspects(row: Row, hint: Size, target: Size) -> None:
-    """DataError, without the row's place, if the two images of a row have different aspect ratios."""
-    if not same_aspect(hint, target):
-        raise DataError(
-            f"{row.hint.name} is {hint[0]}x{hint[1]} but {row.target.name} is {target[0]}x{target[1]} "
-            f"({one_line(row.hint)}, {one_line(row.target)}); hint and target must have the same aspect ratio"
-        )
+def _make_row(
+    layout: Layout, columns: dict[str, str], inside: Callable[[str], bool] | None, place: str, entry: Any
+) -> Row:
+    where = f"{layout.file}, {place}"
+    try:
+        if isinstance(entry, DataError):
+            raise entry
+        check_texts(entry, columns)
+        hint, target = (find_file(layout.folder, entry[columns[role]], inside) for role in ("hint", "target"))
+        extra = further_keys(entry, RESERVED | set(columns.values()))
+    except DataError as e:
+        return Row(where, problem=str(e))
+    prompt = entry[columns["prompt"]]
+    return Row(where, hint, target, prompt, extra, "" if prompt.strip() else EMPTY)
+
+
+def content(layout: Layout, rows: list[Row]) -> Iterator[Any]:
+    """What tells one list of rows from another: the bytes of the file that lists them, or what the rows say."""
+    if layout.file:
+        yield read_bytes(layout.file, MAX_LIST_BYTES)
+        return
+    for row in rows:
+        yield from (row.hint.name, row.target.name, row.prompt, sorted(row.extra.items()), row.problem)

@@ -27,17 +27,18 @@ from training.verify import remarks, verified
 
 
 def open_dataset(config: Config, dataset: Sequence | None, run: Path) -> data.FolderDataset | Sequence:
-    """The data set of the caller, or the folder `config.data` with every file verified. DataError for a folder with bad
-    rows, unless they are to be skipped."""
+    """The data set of the caller, or the one that `config.data` names, with every file verified. DataError for one with
+    bad rows, unless they are to be skipped."""
     if dataset is not None:
         return dataset
     if not config.data:
         raise data.DataError(f"{run} was trained on a data set of your own: train.train(config, dataset, resume=run)")
     folder = data.FolderDataset(
         config.data, None, config.hint_channels, config.hint_resample, False, config.hint_ground, config.hint_scale,
-        config.follow_links, config.max_megapixels,
+        config.follow_links, config.max_megapixels, config.columns, config.hints, Path(config.cache_dir) / "shards",
     )  # fmt: skip
     folder = verified(folder, config.cache_dir, config.skip_bad_rows)
+    print(folder)
     config.hint_ground = folder.hint_ground  # a resumed run, and drawing, keep to what was chosen
     return folder
 

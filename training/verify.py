@@ -10,43 +10,34 @@ ratios, long prompts.
 """
 
 import contextlib
-import hashlib
-import json
 import os
-import time
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import PIL
 from tqdm import tqdm
 
 from clip_text import MAX_TOKENS, Tokenizer
 from training.buckets import describe_buckets
-from training.images import (
-    DataError,
-    Reading,
-    Size,
-    decode,
-    fraction_cut,
-    one_line,
-    read_bytes,
-    same_aspect,
-    visible_ground,
-)
-from training.layouts import Row, check_aspects
+from training.files import DataError, File, Member, one_line, read_bytes
+from training.images import Reading, Size, decode, fraction_cut, same_aspect, visible_ground
 from training.loading import load, start_method
 from training.locks import locked
+from training.memory import FRESH, Memory, hexdigest
+from training.memory import identity as path_identity
+from training.rows import Row, check_aspects
 
 MANY = 128  # files; fewer are decoded sooner than processes have started
-FRESH = 3 * 10**9  # ns; a file may change again within the resolution of its times (2 s on FAT) without a trace
-VERSION = f"1 {PIL.__version__}"  # of what decoding finds
+VERSION = f"2 {PIL.__version__}"  # of what decoding finds
 
 
 class FileFacts(NamedTuple):
     """What is known of a file: a digest of its content, what is wrong with it (or ""), its size, the largest of its
-    numbers and the one that counts as full, and how bright what is not transparent is (-1: all is opaque)."""
+    numbers and the one that counts as full, how bright what is not transparent is (-1: all is opaque), a digest of its
+    pixels, whether they are all of one colour, and what it is beyond RGB of 8 bits (keys of images.KINDS, by commas).
+    """
 
     content: str
     problem: str = ""
@@ -55,69 +46,23 @@ class FileFacts(NamedTuple):
     largest: float = 0.0
     full: float = 255.0
     brightness: float = -1.0
+    pixels: str = ""
+    one_colour: bool = False
+    kinds: str = ""
 
 
-class Memory:
-    """A dictionary on disk that only grows. Lines that an interruption or a damaged disk made unreadable are no
-    entries. A disk that takes no more costs the memory, not the run."""
-
-    def __init__(self, path: Path | None):
-        no_file = path and path.exists() and not path.is_file()  # a pipe would be waited for
-        self.path, self.entries, self.new = None if no_file else path, {}, {}
-        with contextlib.suppress(OSError):
-            for line in self.path.read_bytes().split(b"\n") if self.path else ():
-                if line[:9] == b"%08x " % zlib.crc32(line[9:]):
-                    key, value = json.loads(line[9:])
-                    self.entries[key] = value
-
-    def get(self, key: str) -> Any:
-        return self.new.get(key, self.entries.get(key))
-
-    def add(self, key: str, value: Any) -> None:
-        """Remember `value`, on disk with the next 1000 of its kind or at `flush`."""
-        if self.get(key) != value:
-            self.new[key] = value
-        if len(self.new) >= 1000:
-            self.flush()
-
-    def flush(self) -> None:
-        """Append the new entries to the file."""
-        lines = [json.dumps(entry).encode() for entry in self.new.items()]
-        self.entries |= self.new
-        self.new = {}
-        if self.path and lines:
-            text = b"".join(b"\n%08x %s" % (zlib.crc32(line), line) for line in lines)
-            with contextlib.suppress(OSError):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with open(self.path, "ab", buffering=0) as file:
-                    file.write(text + b"\n")
-
-
-def hexdigest(*parts: object, size: int = 12) -> str:
-    """A digest of `size` bytes of bytes or of anything with a repr, in hex."""
-    h = hashlib.blake2b(digest_size=size)
-    for part in parts:
-        h.update(part if isinstance(part, bytes) else repr(part).encode())
-    return h.hexdigest()
-
-
-def identity(path: Path) -> str:
+def identity(file: File) -> str:
     """A digest of what changes when a file changes: place, size, times. "" for a file that is not there, or so new that
-    a change could leave no trace."""
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError):
-        return ""
-    if time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) < FRESH:
-        return ""
-    return hexdigest(
-        os.path.abspath(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-    )
+    a change could leave no trace. That of a member of an archive changes with the archive."""
+    if not isinstance(file, Member):
+        return path_identity(file, FRESH)
+    archive = path_identity(file.archive.path, FRESH)
+    return archive and hexdigest(archive, file.inner, file.offset, file.size)
 
 
-def fact_name(content: str, path: Path, reading: Reading) -> str:
+def fact_name(content: str, file: File, reading: Reading) -> str:
     """The name under which facts are remembered: the content and all else that they depend on."""
-    kind = path.suffix.lower() == ".npy"
+    kind = file.suffix.lower() == ".npy"
     how = (VERSION, kind, reading.channels, reading.scale, reading.class_numbers, reading.max_pixels)
     return f"facts {content} {hexdigest(*how, size=4)}"
 
@@ -129,7 +74,7 @@ class _Jobs:
     The facts are those of `examine`, or the content's `fact_name` if that is among the `known`.
     """
 
-    def __init__(self, jobs: list[tuple[Path, Reading]], known: set[str]):
+    def __init__(self, jobs: list[tuple[File, Reading]], known: set[str]):
         self.jobs, self.known = jobs, known
 
     def __getitem__(self, k: int) -> tuple[str, FileFacts | str]:
@@ -145,26 +90,31 @@ class _Jobs:
         return unchanged, name if name in self.known else examine(path, reading, content, digest)
 
 
-def examine(path: Path, reading: Reading, content: bytes, digest: str) -> FileFacts:
+def examine(path: File, reading: Reading, content: bytes, digest: str) -> FileFacts:
     """Decode the `content` of a file as training would."""
     try:
         decoded = decode(path, reading, content)
     except DataError as e:
         passing = isinstance(e.__cause__, MemoryError)  # nothing to remember of the file
         return FileFacts("" if passing else digest, _without(path, e))
-    height, width = decoded.array.shape[:2]
-    return FileFacts(digest, "", width, height, decoded.largest, decoded.full, decoded.brightness)
+    array = np.ascontiguousarray(decoded.array)
+    height, width = array.shape[:2]
+    one_colour = bool((array[0] == array[0, 0]).all() and (array == array[0]).all())
+    return FileFacts(
+        digest, "", width, height, decoded.largest, decoded.full, decoded.brightness,
+        hexdigest(array.shape, array.reshape(-1).data), one_colour, ",".join(decoded.kinds),
+    )  # fmt: skip
 
 
-def _without(path: Path, error: DataError) -> str:
+def _without(path: File, error: DataError) -> str:
     """The message without the path: another file of this content has the problem too."""
     return str(error).removeprefix(f"{one_line(path)}: ")
 
 
-def processes() -> int:
+def processes(guarded: bool = False) -> int:
     """How many processes decode: the CPUs that this process may use, at most 8. Only forked ones, which need nothing of
-    the script that trains."""
-    if start_method() != "fork":
+    the script that trains, unless the main script is `guarded` by `if __name__ == "__main__"`."""
+    if start_method() != "fork" and not guarded:
         return 0
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
@@ -182,7 +132,7 @@ def find_bad_rows(dataset: Any, cache_dir: str | Path | None = None, workers: in
 def _find_bad_rows(dataset: Any, cache_dir: str | Path | None, workers: int) -> dict[int, str]:
     memory = Memory(Path(cache_dir) / "verified.jsonl" if cache_dir else None)
     hint, target = dataset.readings()
-    found: dict[tuple[Path, Reading], FileFacts] = {}
+    found: dict[tuple[File, Reading], FileFacts] = {}
     jobs = list({(path, how): None for row in dataset.rows if row.readable
                  for path, how in ((row.hint, hint), (row.target, target))})  # fmt: skip
     unknown = []
@@ -213,8 +163,8 @@ def _alone(cache_dir: str | Path | None) -> Iterator[None]:
 
 
 def _examine_all(
-    jobs: list[tuple[Path, Reading]], memory: Memory, workers: int, root: str
-) -> Iterator[tuple[tuple[Path, Reading], FileFacts]]:
+    jobs: list[tuple[File, Reading]], memory: Memory, workers: int, root: str
+) -> Iterator[tuple[tuple[File, Reading], FileFacts]]:
     """Examine files, in processes if they are more than a few. Yields each job with its facts."""
     known = {key for key in memory.entries if key.startswith("facts ")}
     chunks = [range(i, min(i + 16, len(jobs))) for i in range(0, len(jobs), 16)]
@@ -261,7 +211,7 @@ def verified(dataset: Any, cache_dir: str | Path, skip_bad_rows: bool) -> Any:
     for problem in list(bad.values())[:20]:
         print(problem)
     if len(bad) > 20:
-        print(f"... and {len(bad) - 20} more bad rows: python data.py check {dataset.root}")
+        print(f"... and {len(bad) - 20} more bad rows: {dataset.check_command}")
     if bad and not skip_bad_rows:
         more = f" (and {len(bad) - 1} more bad rows)" if len(bad) > 1 else ""
         raise DataError(f"{next(iter(bad.values()))}{more}; --skip-bad-rows trains without")
@@ -277,14 +227,18 @@ def verified(dataset: Any, cache_dir: str | Path, skip_bad_rows: bool) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------ what one should know
+def good_rows(dataset: Any) -> list[tuple[Row, FileFacts, FileFacts]]:
+    """The rows that nothing is wrong with after `find_bad_rows`, with the facts of hint and target."""
+    rows = zip(dataset.rows, dataset.facts, strict=True)
+    return [(row, *facts) for row, facts in rows if not row_problem(row, facts)]
+
+
 def remarks(dataset: Any, size: Size, buckets: Sequence[Size] = ()) -> list[str]:
     """Lines about a data set after `find_bad_rows`, for images of `size`, or of the sizes `buckets` if there are any:
     nothing is wrong, but may not be meant."""
     if not dataset.facts:  # a folder that was not verified
         return []
-    rows = [
-        (row, *facts) for row, facts in zip(dataset.rows, dataset.facts, strict=True) if not row_problem(row, facts)
-    ]
+    rows = good_rows(dataset)
     lines = []
     hints = [(row, hint) for row, hint, _ in rows]
     transparent = [hint.brightness for _, hint in hints if hint.brightness >= 0]
@@ -352,14 +306,26 @@ def _about_hint_sizes(rows: list[tuple[Row, FileFacts, FileFacts]]) -> list[str]
 
 
 def _about_prompts(rows: list[Row]) -> list[str]:
-    """Prompts of more tokens than the text encoder reads."""
+    """Prompts of more tokens than the text encoder reads, and the words that the first few lose."""
     prompts = list(dict.fromkeys(row.prompt for row in rows))
     counts = dict(zip(prompts, Tokenizer().count(prompts), strict=True))
     long = [row for row in rows if counts[row.prompt] > MAX_TOKENS - 2]
     if not long:
         return []
-    start = one_line(long[0].prompt)[:60]
+    first = []
+    for row in long[:3]:
+        start, lost = one_line(row.prompt)[:60], one_line(lost_words(row.prompt))
+        first.append(f"{row.where}, {counts[row.prompt]} tokens: {start}... loses {lost}")
     return [
         f"{len(long)} of {len(rows)} prompts have more than {MAX_TOKENS - 2} tokens, and the rest is cut off; the "
-        f"first: {long[0].where}, {counts[long[0].prompt]} tokens: {start}..."
+        f"first: {'; '.join(first)}"
     ]
+
+
+def lost_words(prompt: str, most: int = 8) -> str:
+    """What of a prompt the text encoder does not read, in quotes: at most so many words, and 80 characters. The first
+    may be the end of a word."""
+    lost = Tokenizer().bpe.encode(prompt, add_special_tokens=False).offsets[MAX_TOKENS - 2 :]
+    words = prompt[lost[0][0] :].split() if lost else []
+    text = " ".join(words[:most])
+    return f'"{text[:80]}{" ..." if len(words) > most or len(text) > 80 else ""}"'

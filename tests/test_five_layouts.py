@@ -1,0 +1,181 @@
+"""The same circles in each of the five layouts are the same data set: tensors, cache keys, losses, resume, commands."""
+
+import dataclasses
+import io
+import json
+import os
+import pickle
+import shutil
+import tarfile
+
+import pytest
+import torch
+
+import config as config_module
+import data
+import train
+from config import Config, resolve
+from lowvram import estimate
+from tests.fuzz_inputs import save_micro_model
+from tests.test_train import losses
+from toy import circles
+from training import verify
+from training.cache import target_keys
+from training.checkpoints import find_changed_rows
+from training.layouts import short_name
+
+COUNT = 64
+KINDS = ["Fill50K", "imagefolder", "table", "folder pairs", "WebDataset"]
+
+
+def copy(source, target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture(scope="module")
+def five(tmp_path_factory) -> dict[str, dict[str, str]]:
+    """Of each layout the settings `data`, `hints` and `columns` that name the same circles in it."""
+    root = tmp_path_factory.mktemp("five")
+    circles.make(root / "fill50k", COUNT, 32, seed=3)
+    rows = [json.loads(line) for line in (root / "fill50k/prompt.json").read_text().splitlines()]
+    metadata, table = [], ["picture;edges;words"]
+    (root / "shards").mkdir()
+    shards = [tarfile.open(root / "shards" / f"{k:03}.tar", "w") for k in range(4)]  # noqa: SIM115
+    for i, row in enumerate(rows):
+        hint, target = root / "fill50k" / row["source"], root / "fill50k" / row["target"]
+        copy(hint, root / "imagefolder/edges" / hint.name)
+        copy(target, root / "imagefolder" / target.name)
+        metadata.append(dict(file_name=target.name, conditioning_image=f"edges/{hint.name}", text=row["prompt"]))
+        table.append(f'fill50k\\{row["target"]};"fill50k/{row["source"]}";{row["prompt"]}')
+        folder = "a/" if i < 9 else "b/"  # in the order of names as people sort them: a/0, ..., a/8, b/9, b/10
+        copy(target, root / "photos" / f"{folder}{i}.PNG")
+        copy(hint, root / "hints" / f"{folder}{i}.png")
+        (root / "photos" / f"{folder}{i}.txt").write_text(f"{row['prompt']}\r\n")
+        add(shards[i // 16], f"{i:05}.hint.png", hint.read_bytes())
+        add(shards[i // 16], f"{i:05}.png", target.read_bytes())
+        text = json.dumps({"prompt": row["prompt"]}) if i % 2 else row["prompt"]
+        add(shards[i // 16], f"{i:05}.{'json' if i % 2 else 'txt'}", text.encode())
+    (root / "imagefolder/metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metadata))
+    (root / "pairs.csv").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(table).encode() + b"\r\n")
+    for shard in shards:
+        shard.close()
+    for path in root.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    columns = "target=picture,hint=edges,prompt=words"
+    return {
+        "Fill50K": dict(data=str(root / "fill50k")),
+        "imagefolder": dict(data=str(root / "imagefolder")),
+        "table": dict(data=str(root / "pairs.csv"), columns=columns),
+        "folder pairs": dict(data=str(root / "photos"), hints=str(root / "hints")),
+        "WebDataset": dict(data=str(root / "shards" / "{000..003}.tar")),
+    }
+
+
+def opened(settings: dict[str, str], **more) -> data.FolderDataset:
+    return data.FolderDataset(
+        settings["data"], columns=settings.get("columns", ""), hints=settings.get("hints", ""), **more
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_keys_and_digests_are_those_of_the_first_layout(kind, five, tmp_path):
+    first, this = (opened(five[name], size=(32, 32), index_dir=tmp_path) for name in ("Fill50K", kind))
+    assert len(this) == COUNT and str(this).startswith(f"{five[kind]['data']}: {kind} (") and "64 rows" in str(this)
+    batches = [data.batches(data.Samples(each, range(COUNT), 5, (4, 4, 4)), 0, 16, 8, workers) for each, workers in
+               ((first, 0), (this, 2))]  # fmt: skip
+    for a, b in zip(*batches, strict=True):
+        assert a.keys() == b.keys() and a["prompt"] == b["prompt"]
+        assert all(torch.equal(a[name], b[name]) for name in a if name != "prompt")
+    assert verify.find_bad_rows(this, workers=0) == {} == verify.find_bad_rows(first, workers=0)
+    assert target_keys(this, tmp_path) == target_keys(first, tmp_path)
+    assert this.row_digests() == first.row_digests() and len(set(this.row_digests())) == COUNT
+    again = pickle.loads(pickle.dumps(this))  # as spawned processes get it
+    assert (again[7]["jpg"] == first[7]["jpg"]).all() and again.sizes(7) == ((32, 32), (32, 32))
+
+
+@pytest.fixture(scope="module")
+def trained(five, tmp_path_factory) -> dict[str, list[float]]:
+    """The losses of five steps on each layout, all with one cache; and the bytes of the cached latents after each."""
+    root = tmp_path_factory.mktemp("trained")
+    base, found = str(save_micro_model(root / "micro.safetensors")), {}
+    for kind in KINDS:
+        config = Config(
+            base=base, **five[kind], out=str(root / kind), steps=5, batch_size=2, learning_rate=1e-3,
+            cache_dir=str(root / "cache"), logger_freq=0, device="cpu", workers=0, resolution="32",
+        )  # fmt: skip
+        run = train.train(config)
+        cached = {p.name: p.stat().st_size for p in (root / "cache").rglob("*.bin")}
+        found[kind] = (losses(run), cached, run)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_losses_are_those_of_the_first_layout_and_nothing_is_encoded_again(kind, trained):
+    assert len(trained[kind][0]) == 5 and trained[kind][:2] == trained["Fill50K"][:2]
+
+
+def test_a_run_goes_on_with_another_layout_of_the_same_rows(trained, five, capsys):
+    """The rows are the same, so the run does not mind; another list of rows it refuses, as ever."""
+    run = str(trained["folder pairs"][2])
+    moved = ["--resume", run, "--data", five["WebDataset"]["data"], "--hints", "", "--steps", "6"]
+    command = train.parse(moved)
+    train.train(command.config, resume=run)
+    assert "WebDataset (4 shards), 64 rows" in capsys.readouterr().out and len(losses(run)) == 6
+    fewer = five["WebDataset"]["data"].replace("..003", "..002")
+    with pytest.raises(ValueError, match="16 rows were removed and 0 added"):
+        train.train(dataclasses.replace(command.config, data=fewer, steps=7), resume=run)
+
+
+def test_rows_as_older_checkpoints_have_them(trained, five):
+    """Digests of 16 digits, in which paths count."""
+    run = trained["Fill50K"][2]
+    dataset = opened(five["Fill50K"])
+    older = dataset.row_digests(with_paths=True)
+    row, contents = dataset.rows[3], dataset.contents(3)
+    assert older[3] == data.digest("source/3.png", contents[0], "target/3.png", contents[1], row.prompt, []).hex()[:16]
+    (file,) = (run / "checkpoints").glob("*/rows.txt")
+    assert file.read_text().split() == dataset.row_digests()
+    state = json.loads(file.with_name("state.json").read_text())
+    file.write_text("\n".join(older) + "\n")
+    arguments = (file.parent, state, {"data": ""}, dataset.row_digests())
+    assert find_changed_rows(*arguments, lambda: dataset.row_digests(True)) == ""
+    assert "64 rows were removed" in find_changed_rows(*arguments)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_commands_work_alike(kind, five, tmp_path, capsys):
+    settings = five[kind]
+    flags = [word for name in ("hints", "columns") if name in settings for word in (f"--{name}", settings[name])]
+    out, sheet = tmp_path / "pair.png", tmp_path / "sheet.png"
+    assert data.main(["show", settings["data"], "10", "--out", str(out), *flags]) == 0
+    assert data.main(["check", settings["data"], "--sheet", str(sheet), *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == ["64", circles.random_circle(3, 10).prompt, "(32, 32, 3)", "(32, 32, 3)"]
+    assert sum(f"{settings['data']}: {kind} (" in line for line in lines) == 2
+    assert lines[-1] == f"{settings['data']}: 64 rows, 0 problems" and out.exists() and sheet.exists()
+    assert data.is_dataset(settings["data"], settings.get("hints", ""))
+
+
+def test_the_name_of_a_run_follows_the_data(five, tmp_path):
+    names = {kind: short_name(settings["data"]) for kind, settings in five.items()}
+    assert names == {"Fill50K": "fill50k", "imagefolder": "imagefolder", "table": "pairs", "folder pairs": "photos",
+                     "WebDataset": "shards"}  # fmt: skip
+    parse = lambda path: config_module.parse(["--base", "x", "--data", str(path)]).config.out
+    assert parse(five["imagefolder"]["data"] + "/metadata.jsonl") == "runs/imagefolder"
+    assert parse(five["WebDataset"]["data"]) == "runs/shards"
+    assert parse(tmp_path / "s-{a,b}" / "*.tar") == f"runs/{tmp_path.name}" and parse("{a,b}.tar") != "runs/"
+    assert parse(tmp_path / "not there") == "runs/not there"
+
+
+def test_the_plan_reads_every_layout(five, base):
+    for kind in ("folder pairs", "WebDataset"):
+        config = resolve(Config(base=str(base), device="cpu", **five[kind]), "fast")
+        model_config, size = estimate.model_and_size(config)
+        assert size == (32, 32) and estimate.cache_size(config, model_config, size)[0] == COUNT * 4 * 4 * 8 * 4
