@@ -313,10 +313,9 @@ class Samples(torch.utils.data.Dataset):
 
     The item of a sample and everything random about the sample depend on (seed, n) alone, so neither the split into
     batches nor an interruption changes what sample n is. A sample is a dict of CPU tensors: hint (C,H,W), noise and
-    posterior_noise (4,h,w), timesteps () int64; then with `encodings` moments (2z,h,w), context (77,D) and for SDXL
-    pooled (P,), without target (3,H,W) and prompt (a string); and the further keys of the item, with `sizes` (6,),
-    which tells how it is framed. With an `order` items have several sizes, and `latent_shape` is that of items of the
-    data set's `size`.
+    posterior_noise (4,h,w), timesteps () int64; then with `encodings` moments (2z,h,w) and context (77,D), without
+    target (3,H,W) and prompt (a string); and the further keys of the item, with `sizes` (6,), which tells how it is
+    framed. With an `order` items have several sizes, and `latent_shape` is that of items of the data set's `size`.
     """
 
     dataset: FolderDataset | ArrayDataset
@@ -324,7 +323,7 @@ class Samples(torch.utils.data.Dataset):
     seed: int
     latent_shape: tuple[int, int, int]
     randomness: SampleRandomness = SampleRandomness()
-    encodings: Any = None  # training.cache.CachedEncodings: has moments(i, variant) and text(i, prompt)
+    encodings: Any = None  # training.cache.CachedEncodings: has moments(i, variant) and context(i, prompt)
     order: BucketOrder | None = None
 
     def index(self, n: int) -> int:
@@ -351,7 +350,7 @@ class Samples(torch.utils.data.Dataset):
         item["hint"] = to_tensor(hint)
         if self.encodings is None:
             return item | {"target": to_tensor(jpg), "prompt": prompt}
-        return item | {"moments": self.encodings.moments(i, **which)} | self.encodings.text(i, prompt)
+        return item | {"moments": self.encodings.moments(i, **which), "context": self.encodings.context(i, prompt)}
 
     def __getitem__(self, n: int) -> dict[str, Any]:
         randomness, generator = self.randomness, torch.Generator().manual_seed(derive_seed("sample", self.seed, n))

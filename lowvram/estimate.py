@@ -10,6 +10,7 @@ is allowed for by the two constants below.
 """
 
 import dataclasses
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -34,7 +35,7 @@ from lowvram.muon import muon_flops
 from lowvram.offload import is_kept_on_cpu
 from lowvram.optimizer import AdamW
 from lowvram.process import GIB
-from training.cache import prepare_batch
+from training.cache import prepare_batch, text_shape
 from training.distributed import Ranks
 from training.setup import Trainer, build_trainer, ema_weights, select_trainable, zero_grad
 from weights.source import ModelSource, read_model
@@ -117,8 +118,7 @@ def fake_batch(config: Config, model_config: ModelConfig, size: tuple[int, int])
         "timesteps": torch.zeros(b, dtype=torch.int64),
         "noise": torch.empty(b, z, latent_h, latent_w),
         "posterior_noise": torch.empty(b, z, latent_h, latent_w),
-        "context": torch.empty(b, 77, model_config.unet.context_dim),
-        "pooled": torch.empty(b, model_config.pooled),
+        "context": torch.empty(b, *text_shape(model_config)),
         "sizes": torch.empty(b, 6),
     }
     if config.cache:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import ArrayDataset, DataError, FolderDataset, digest, to_tensor
-from ldm import ControlLDM
+from ldm import ControlLDM, ModelConfig
 from precision import NotFiniteError
 from training.images import Size
 from training.locks import locked
@@ -199,27 +199,18 @@ class CachedEncodings:
     contexts: RowCache
     sizes: list[Size]  # of the items' images
     variants: int = 1
-    pooled: int = 0  # numbers at the end of a row of `contexts` that are the pooled vector
 
     def moments(self, i: int, variant: int = 0) -> Tensor:
         """Mean and log-variance of target i's latents: (2z,h,w), unscaled."""
         return self.latents[self.sizes[i]][self.keys[i * self.variants + variant]]
 
     def context(self, i: int, prompt: str) -> Tensor:
-        """The context (77,D) of `text`."""
-        return self.text(i, prompt)["context"]
-
-    def text(self, i: int, prompt: str) -> dict[str, Tensor]:
-        """What the text encoders make of `prompt`, which is item i's or empty: context (77,D), and for SDXL pooled
-        (P,). DataError if item i had another prompt before."""
+        """Context (77,D) of `prompt`, which is item i's or empty; of SDXL (77*D+P,), with the pooled vector at the end.
+        DataError if item i had another prompt before."""
         key = digest(prompt)
         if key not in self.contexts.index:
             raise DataError(f"item {i} of the data set has another prompt each time: use --no-cache (cache=False)")
-        row = self.contexts[key]
-        if row.ndim == 2:
-            return {"context": row}
-        context, pooled = row.split([len(row) - self.pooled, self.pooled])
-        return {"context": context.view(77, -1), "pooled": pooled}
+        return self.contexts[key]
 
 
 def fingerprint(module: nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:
@@ -269,13 +260,17 @@ def build_cache(
         context, pooled = model.encode_text([unique[i] for i in positions])
         return context if pooled is None else torch.cat([context.flatten(1), pooled], dim=1)
 
-    width, pooled = model.config.unet.context_dim, model.config.pooled
-    shape = (77 * width + pooled,) if pooled else (77, width)
     dtype = next(text.parameters()).dtype
-    contexts = RowCache(cache_dir / f"contexts-{fingerprint(text)}", "prompts", shape, dtype)
+    contexts = RowCache(cache_dir / f"contexts-{fingerprint(text)}", "prompts", text_shape(model.config), dtype)
     contexts.fill([digest(prompt) for prompt in unique], encode_prompts, 64, "prompts")
     sizes = [dataset.size_of(i) for i in range(len(dataset))]
-    return CachedEncodings(latents, keys, contexts, sizes, variants, pooled)
+    return CachedEncodings(latents, keys, contexts, sizes, variants)
+
+
+def text_shape(config: ModelConfig) -> tuple[int, ...]:
+    """The shape of what is cached of a prompt: the context (77,D), or for SDXL (77*D+P,), context and pooled vector."""
+    width = config.unet.context_dim
+    return (77 * width + config.pooled,) if config.pooled else (77, width)
 
 
 def cache_latents(
@@ -358,6 +353,9 @@ def prepare_batch(model: ControlLDM, batch: dict[str, Any], device: str, encode_
         moments = torch.cat([model.encode_images(few) for few in tensors.pop("target").split(encode_batch_size)])
     if "context" not in tensors:
         tensors["context"], tensors["pooled"] = model.encode_text(batch["prompt"])
+    elif model.config.pooled:
+        rows, pooled = tensors["context"], model.config.pooled  # a row is context and pooled vector, see `build_cache`
+        tensors["context"], tensors["pooled"] = rows[:, :-pooled].unflatten(1, (77, -1)), rows[:, -pooled:]
     y = model.make_y(tensors.pop("pooled", None), tensors.get("sizes"))
     if y is not None:
         tensors["y"] = y

@@ -43,9 +43,9 @@ from training.images import (
     save_picture,
     save_whole,
 )
-from training.layouts import BYTE_ORDER_MARKS
 from training.loading import load
 from training.locks import take_lock
+from training.tables import BYTE_ORDER_MARKS
 from training.verify import Memory
 
 PROMPT_SOURCES = ("captions", "names")  # where prompts come from; anything else is the prompt
