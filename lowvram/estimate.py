@@ -448,6 +448,4 @@ def cache_size(config: Config, model_config: ModelConfig, size: tuple[int, int])
     prompts = len({dataset.prompt(i) for i in range(len(dataset))} | {""})
     width = PRECISIONS[config.precision].itemsize
     variants = config.crops * (2 if config.flip else 1)
-    return len(dataset) * variants * moments * width, prompts * (
-        77 * model_config.unet.context_dim + model_config.pooled
-    ) * width
+    return len(dataset) * variants * moments * width, prompts * math.prod(text_shape(model_config)) * width
