@@ -142,6 +142,11 @@ class Config:
     sd_locked: bool = setting(
         True, "what trains", "--no-sd-locked trains the decoder of the UNet too; use a learning rate of 2e-6 then"
     )
+    control_depth: str = setting(
+        "", "what trains",
+        "transformer blocks that a new ControlNet keeps: full, mid, small, or a number for each level from the finest "
+        "(SDXL: 0,2,10 is full); fewer train faster in less memory",
+    )  # fmt: skip
     only_mid_control: bool = setting(
         False, "what trains", "use the residual of the middle block alone: faster, weaker control"
     )
@@ -289,6 +294,7 @@ DEMO = dict(
 FIXED_ON_RESUME = (
     "resolution", "hint_channels", "hint_resample", "hint_ground", "hint_scale", "prediction", "control", "ema",
     "clip_skip", "seed", "validation", "zero_terminal_snr", "optimizer", "buckets", "bucket_batch",
+    "control_depth",
 )  # fmt: skip
 
 

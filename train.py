@@ -334,6 +334,7 @@ def model_source(config: Config, resume: Path | None) -> ModelSource:
         resume or config.base, base=config.base if resume else "", control="" if resume else config.control,
         vae=config.vae, ema=config.ema, use_run_ema=False, prediction=config.prediction, clip_skip=config.clip_skip,
         zero_terminal_snr=config.zero_terminal_snr, attach=True, hint_channels=config.hint_channels, seed=config.seed,
+        control_depth="" if resume else config.control_depth,
     )  # fmt: skip
 
 

@@ -38,6 +38,7 @@ from lowvram.process import GIB
 from training.cache import prepare_batch, text_shape
 from training.distributed import Ranks
 from training.setup import Trainer, build_trainer, ema_weights, select_trainable, zero_grad
+from weights.control_depth import depth_from_text
 from weights.source import ModelSource, read_model
 
 WORKSPACE = 0.25 * GIB  # of cuBLAS and cuDNN, part of what PyTorch allocates
@@ -301,6 +302,8 @@ def model_and_size(config: Config) -> tuple[ModelConfig, tuple[int, int]]:
         model_config = MODELS[config.base]
     else:
         model_config = read_model(ModelSource(config.base, prediction=config.prediction))[1]
+    depth = depth_from_text(config.control_depth, model_config.unet) or model_config.control_depth
+    model_config = dataclasses.replace(model_config, control_depth=depth)
     if config.resolution:
         wanted = data.parse_resolution(config.resolution)
     elif config.data and not config.buckets and (Path(config.data).exists() or data.is_dataset(config.data)):

@@ -14,7 +14,8 @@ from tests.test_train import equal, losses, weights
 from training.cache import build_cache, prepare_batch
 from training.preparation import build_samples
 from training.records import read_metrics
-from weights import ModelSource, load_model, load_state_dict
+from weights import CheckpointError, ModelSource, load_control, load_model, load_state_dict
+from weights.runs import newest_checkpoint
 from weights.writing import save_safetensors
 
 SMALL = dataclasses.replace(
@@ -106,3 +107,28 @@ def test_latents_that_overflow_are_refused(config, sdxl, folder, monkeypatch):
     model.vae.quant_conv.bias.data[0] = torch.inf
     with pytest.raises(data.DataError, match="targets 0, .*not finite"):
         build_cache(model, dataset, config.cache_dir, 4)
+
+
+@pytest.mark.parametrize("depth", ["0,1,1", "small"])
+def test_a_smaller_control_trains_resumes_and_draws(config, depth, tmp_path):
+    config = dataclasses.replace(config, control_depth=depth, steps=2, checkpoint_freq=1, keep_checkpoints=0)
+    run, whole = train.train(config), load_model(ModelSource(config.base, attach=True))
+    count = lambda net: sum(p.numel() for p in net.parameters())
+    small = load_model(run).control_model
+    assert count(small) < count(whole.control_model) and len(small.zero_convs) == len(whole.control_model.zero_convs)
+    stopped = tmp_path / "stopped"
+    shutil.copytree(run, stopped)
+    shutil.rmtree(stopped / "checkpoints" / "step-000002")
+    train.train(train.parse(["--resume", str(stopped)]).config, resume=stopped)
+    assert equal(weights(run), weights(stopped))
+    joined = load_control(run, whole)
+    assert equal(joined.state_dict(), small.state_dict())
+    with pytest.raises(CheckpointError, match="cannot change"):
+        train.train(
+            dataclasses.replace(
+                config,
+                control=str(newest_checkpoint(run) / "trained.safetensors"),
+                control_depth="full",
+                out=str(tmp_path / "other"),
+            )
+        )

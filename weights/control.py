@@ -13,6 +13,7 @@ from torch import Tensor
 from controlnet import ControlNet
 from ldm import ControlLDM, ModelConfig
 from weights.configs import CheckpointError, check_network, is_run, metadata_config
+from weights.control_depth import check_depth, with_control_depth
 from weights.detect import hint_channels_of, hint_widths_of, pools_globally
 from weights.reading import load_metadata, load_state_dict
 from weights.runs import load_run, newest_checkpoint
@@ -37,10 +38,17 @@ def load_control(path: str | Path, model: ControlLDM, base: str | Path = "") -> 
     unet = {UNET + k: v.detach().cpu() for k, v in model.unet.state_dict().items()}
     tensors = strip_prefix(whole_control(path, control, base, unet), CONTROL)
     if not is_run(path):  # whose config.json holds the settings of the training
-        check_network(folder if (folder := Path(path, "controlnet")).is_dir() else path, "ControlNet", model.config)
+        check_network(
+            folder if (folder := Path(path, "controlnet")).is_dir() else path,
+            "ControlNet",
+            with_control_depth(model.config, tensors),
+        )
     channels, widths = hint_channels_of(tensors, path), hint_widths_of(tensors, path)
+    config = with_control_depth(model.config, tensors)
+    if config.control_depth:
+        check_depth(str(path), config.control_depth, config.unet)
     with torch.device("meta"):
-        net = ControlNet(model.config.unet, channels, widths)
+        net = ControlNet(config.control_unet, channels, widths)
     load_component(path, net, tensors, CONTROL)
     net.global_pool = saved.global_pool if saved else pools_globally(path)
     if is_run(path):

@@ -300,6 +300,11 @@ def _read_config(source: ModelSource, state: dict[str, Tensor], saved: ModelConf
         )
         if config.control_depth:
             check_depth(f"{_origin(source, CONTROL)}", config.control_depth, config.unet)
+        if source.control_depth and depth_from_text(source.control_depth, config.unet) != config.control_depth:
+            raise CheckpointError(
+                f"{_origin(source, CONTROL)}: has a ControlNet, whose depth --control-depth {source.control_depth} "
+                "cannot change; it is for a new ControlNet"
+            )
     else:
         asked = depth_from_text(source.control_depth, config.unet)
         config = dataclasses.replace(config, global_pool=False, control_depth=asked)
