@@ -324,12 +324,14 @@ def save_whole(path: str | Path, write: Callable[[Path], object]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def save_picture(path: str | Path, picture: np.ndarray | Image.Image) -> None:
-    """Save (H,W), (H,W,3) or (H,W,4) uint8 as a picture file, whole or not at all. DataError for an unknown ending."""
+def save_picture(path: str | Path, picture: np.ndarray | Image.Image, **settings: object) -> None:
+    """Save (H,W), (H,W,3) or (H,W,4) uint8 as a picture file, whole or not at all. DataError for an unknown ending.
+
+    `settings`: of Pillow's writer of the format, as the `pnginfo` of a PNG file; writers ignore those of others."""
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     if Path(path).suffix.lower() not in Image.registered_extensions():
         raise DataError(f"{path}: the ending names no picture format; .png is one")
-    save_whole(path, image.save)
+    save_whole(path, lambda partial: image.save(partial, **settings))
 
 
 def save_hint(stem: Path, hint: np.ndarray) -> Path:

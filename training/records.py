@@ -1,7 +1,8 @@
 """The files in a run's folder that people look at: metrics, image grids, curves.
 
 `metrics.jsonl` has one JSON object a line; image grids are PNG files with labelled columns; `curves.png` shows the loss
-and the control gain (see `training/validation.py`) against the step.
+and the control gain (see `training/validation.py`) against the step. An image grid carries a text chunk GRID that says
+where its pictures are, for programs that cut them out again (`report/pictures.py`).
 """
 
 import contextlib
@@ -14,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from training.images import save_picture
 from weights.writing import write_atomically
 
+GRID = "grid"  # the name of the text chunk in an image grid
 INK, PAPER, FAINT, BLUE, RED = (30, 30, 30), (255, 255, 255), (225, 225, 225), (31, 105, 190), (200, 50, 40)
 
 
@@ -44,7 +46,8 @@ def save_grid(path: str | Path, columns: dict[str, Sequence[np.ndarray]], captio
     """Save a table of pictures as the image file `path`.
 
     `columns`: label -> pictures (H,W,3) uint8, one a row, all of one size. `captions`: the text under each row, broken
-    to the width of the table. The file is written whole or not at all.
+    to the width of the table. The file is written whole or not at all. A PNG file says where the pictures are, in the
+    text chunk GRID: {"size": [W, H], "columns": {label: left edge}, "rows": [upper edges], "captions": [...]}.
     """
     rows = max(len(images) for images in columns.values())
     height, width = next(iter(columns.values()))[0].shape[:2]
@@ -59,8 +62,9 @@ def save_grid(path: str | Path, columns: dict[str, Sequence[np.ndarray]], captio
     draw = ImageDraw.Draw(sheet)
     for c, label in enumerate(columns):
         draw.text((gap + c * (column + gap), gap), label, INK, font)
-    y = 2 * gap + line
+    y, tops = 2 * gap + line, []
     for row, lines in enumerate(wrapped):
+        tops.append(y)
         for c, images in enumerate(columns.values()):
             if row < len(images):
                 sheet.paste(Image.fromarray(images[row]), (gap + c * (column + gap), y))
@@ -69,7 +73,11 @@ def save_grid(path: str | Path, columns: dict[str, Sequence[np.ndarray]], captio
             draw.text((gap, y + 1), text, INK, font)
             y += line
         y += gap
-    save_picture(path, sheet)
+    lefts = {label: gap + c * (column + gap) for c, label in enumerate(columns)}
+    places = {"size": [width, height], "columns": lefts, "rows": tops, "captions": list(captions)}
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text(GRID, json.dumps(places))
+    save_picture(path, sheet, pnginfo=chunks)
 
 
 def _wrap(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:

@@ -43,6 +43,7 @@ def report(run: Path, saved: int, steps: int, metrics: Metrics, samples: data.Sa
     draw = [python, "sampler.py", "--model", str(run), "--hint", str(hint)]
     draw += ["--prompt", samples.dataset.prompt(item), "--out", "samples"]
     print(
+        f"page:      {run / 'report.html'}\n"
         f"pictures:  {run / 'image_log'}, {run / 'curves.png'}\n"
         f"trained:   {newest_checkpoint(run) / 'trained.safetensors'}\n"
         f"draw:      {shlex.join(draw)}"

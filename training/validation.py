@@ -21,6 +21,7 @@ from tqdm import tqdm
 import data
 from sampler import Control, Sampling, sample
 from training.cache import prepare_batch
+from training.history import History
 from training.records import Metrics, hint_image, save_curves, save_grid, sudden_convergence, to_uint8
 from training.run_folder import RunFolder
 from training.setup import Trainer, ema_weights
@@ -30,7 +31,8 @@ class Validation:
     """Measures and draws every `logger_freq` steps (0: never), with the moving average of the weights if there is one.
 
     items: the held-out items of the data set; uncond (77,D): the context of the empty prompt; loss_fn(model, batch) ->
-    (B,). Measurements go to `metrics` and `curves.png` of the run's folder, images to its `image_log/`.
+    (B,). Measurements go to `metrics` and `curves.png` of the run's folder, images to its `image_log/`; `history` notes
+    the memory, and `page.write()` writes the page of the run.
     """
 
     def __init__(
@@ -42,9 +44,12 @@ class Validation:
         loss_fn: Callable[..., Tensor],
         run_folder: RunFolder,
         metrics: Metrics,
+        history: History | None = None,
+        page: Any = None,
     ):
         self.trainer, self.samples, self.items, self.uncond = trainer, samples, items, uncond
         self.loss_fn, self.run_folder, self.metrics = loss_fn, run_folder, metrics
+        self.history, self.page = history, page
         self.last_gain = ""  # for the progress bar
         self.converged = sudden_convergence(*metrics.series("control_gain")) is not None
         self.batches = self._fixed_batches()
@@ -83,6 +88,12 @@ class Validation:
                     self.draw(self.run_folder.path / grid)
         with self.run_folder.guard("curves.png"):
             save_curves(self.run_folder.path / "curves.png", self.metrics)
+        if self.history:
+            with self.run_folder.guard("history.jsonl"):
+                self.history.measure(step, self.trainer.config.device)
+        if self.page:
+            with self.run_folder.guard("report.html"):
+                self.page.write()
 
     def measure_gain(self, step: int) -> None:
         """Measure the losses and the control gain, write and print them, and tell the sudden convergence once."""
