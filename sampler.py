@@ -151,13 +151,14 @@ SOLVERS: dict[str, Callable[[SolverStep], Tensor]] = {"ddim": ddim_step, "dpm": 
 def denoise(
     solver: str, eps_model: EpsModel, x_T: Tensor, steps: int, alphas: Tensor | None = None, eta: float = 0.0,
     generators: Sequence[torch.Generator] | None = None, progress: Callable[[Iterable], Iterable] = iter,
-    trailing: bool = False,
+    trailing: bool = False, on_step: Callable[[SolverStep], object] | None = None,
 ) -> Tensor:  # fmt: skip
     """Denoise x_T (B,4,h,w), standard normal, in `steps` steps of a solver of SOLVERS. Returns latents (B,4,h,w).
 
     `alphas`: the noise schedule, Stable Diffusion's by default. `eta`: see SolverStep; the noise comes from
     `generators`, one a sample, on the CPU. `progress` wraps the list of steps (tqdm). `trailing`: see
-    `ddim_timesteps`. The last step ends at alphas[0].
+    `ddim_timesteps`. The last step ends at alphas[0]. `on_step` is called with each step before it is made: `step.x0`
+    shows the picture that forms, and whatever the function raises ends the drawing.
     """
     alphas = (alphas_cumprod() if alphas is None else alphas).cpu().double()
     timesteps = ddim_timesteps(steps, len(alphas), trailing)
@@ -170,6 +171,8 @@ def denoise(
         eps = predict(x, t)
         x0 = (x - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha)
         step = SolverStep(x, eps, x0, t_next, alpha, alpha_next, i == 0, previous, eta, noise, predict)
+        if on_step:
+            on_step(step)
         x = SOLVERS[solver](step)
         previous = dataclasses.replace(step, previous=None)  # one step back is enough, and keeps no others alive
     return x
@@ -300,11 +303,12 @@ def sample(
     settings: Sampling = Sampling(),
     first: int = 0,
     progress: Callable[[Iterable], Iterable] = iter,
+    on_step: Callable[[SolverStep], object] | None = None,
 ) -> Tensor:
     """Draw a batch of images. Returns scaled latents (B,4,height/8,width/8), which `model.decode` turns into images.
 
     context, negative (B,77,D); size (width, height), multiples of `model.config.multiple`; `first`: the number of the
-    batch's first image (see `starting_noise`).
+    batch's first image (see `starting_noise`). `on_step`: see `denoise`.
     """
     width, height = size
     shape = (len(context), model.config.unet.in_channels, height // model.vae.factor, width // model.vae.factor)
@@ -313,7 +317,7 @@ def sample(
     eps_model = make_cfg_model(model, context, negative, controls, scale, settings.guess_mode)
     return denoise(
         settings.solver, eps_model, x.to(model.device), settings.steps, alphas_cumprod(model.config), settings.eta,
-        generators, progress, model.config.zero_terminal_snr,
+        generators, progress, model.config.zero_terminal_snr, on_step,
     )  # fmt: skip
 
 

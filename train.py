@@ -54,7 +54,7 @@ from training.records import Metrics, read_metrics
 from training.run_folder import RunFolder
 from training.setup import Trainer, build_trainer, update_ema, zero_grad
 from training.summary import print_summary, report
-from training.validation import Validation
+from training.validation import Validation, held_out
 from training.verify import remarks, verified
 from weights import CheckpointError, ModelSource, load_model
 from weights.runs import list_checkpoints, load_state, newest_checkpoint, run_of
@@ -379,8 +379,8 @@ def build_samples(
     count = len(dataset)
     if count < 2:
         raise data.DataError("the data set has 1 item; it takes 2 to measure whether a hint makes a difference")
-    held_out = max(2, min(config.validation, count // 10))
-    train_items = range(count - held_out) if count > 2 * held_out else range(count)  # a handful: train on all of them
+    validation_items = held_out(count, config.validation)
+    train_items = range(validation_items.start if count > 2 * len(validation_items) else count)  # a handful: all train
     for encoder in (model.vae, model.text):
         encoder.to(config.device, compute_dtype_for(config.precision, config.device))
     encodings = None
@@ -393,7 +393,7 @@ def build_samples(
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(data.SampleRandomness)[1:]}
     randomness = data.SampleRandomness(model.config.timesteps, **settings)
     samples = data.Samples(dataset, train_items, config.seed, latent_shape, randomness, encodings)
-    return samples, list(range(count - held_out, count)), uncond
+    return samples, list(validation_items), uncond
 
 
 @contextlib.contextmanager

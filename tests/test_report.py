@@ -21,30 +21,10 @@ from report.page import write_report
 from report.pictures import ImageLog, list_grids, save_animation
 from report.record import read_record
 from tests.browser import Browser
-from toy import circles
+from tests.conftest import settings
 from training.history import read_history
 from training.records import GRID, Metrics, save_grid
 from weights import CheckpointError
-
-EVIL = "<script>document.title='evil'</script><img src=x onerror=document.title='evil'> & \"'"
-
-
-def settings(base, data, out, **more) -> Config:
-    return Config(
-        base=str(base), data=str(data), out=str(out), batch_size=4, learning_rate=1e-3, workers=0, device="cpu",
-        cache_dir=str(out) + "-cache", log_steps=2, **{"steps": 4, "logger_freq": 2, "log_images": 2, **more},
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def evil_run(base, tmp_path_factory) -> Path:
-    """A run whose prompts and folder try to be markup."""
-    root = tmp_path_factory.mktemp("evil")
-    circles.make(root / "data", count=24, size=32, seed=3)
-    rows = [json.loads(line) for line in (root / "data/prompt.json").read_text().splitlines()]
-    lines = [json.dumps(row | {"prompt": EVIL}) + "\n" for row in rows]
-    (root / "data/prompt.json").write_text("".join(lines))
-    return train.train(settings(base, root / "data", root / "<b>run & co</b>"))
 
 
 def fake_run(path: Path, lines: list | None = None, steps: int = 0, **more) -> Path:

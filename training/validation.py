@@ -27,6 +27,12 @@ from training.run_folder import RunFolder
 from training.setup import Trainer, ema_weights
 
 
+def held_out(count: int, wanted: int) -> range:
+    """The items of a data set of `count` that are kept for validation: the last `wanted` ones, a tenth of a small data
+    set, and never less than two."""
+    return range(count - max(2, min(wanted, count // 10)), count)
+
+
 class Validation:
     """Measures and draws every `logger_freq` steps (0: never), with the moving average of the weights if there is one.
 
