@@ -125,13 +125,12 @@ class Browser:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    def wait(self, condition: str, seconds: float = 60) -> Any:
-        """Wait until a JavaScript expression is true; its value."""
+    def wait(self, condition: str, seconds: float = 60) -> None:
+        """Wait until a JavaScript expression is true."""
         end = time.monotonic() + seconds
-        while not (value := self.run(condition)):
+        while not self.run(f"!!({condition})"):
             assert time.monotonic() < end, f"not so after {seconds} s: {condition}"
             time.sleep(0.03)
-        return value
 
     def box(self, selector: str) -> tuple[float, float, float, float]:
         """Left, top, width and height in the window of the first element that fits a CSS selector, scrolled to."""

@@ -151,7 +151,7 @@ def test_flags_exist(document):
 
 
 def test_commands_have_their_flags():
-    pattern = r"(?:python (?:-m )?|torchrun .*?)(train\.py|sampler\.py|play\.py|data\.py|merge\.py|bench\.py|toy\.\w+)([^`#\n]*)"
+    pattern = r"(?:python (?:-m )?|torchrun .*?)((?:train|sampler|play|data|merge|bench)\.py|toy\.\w+)([^`#\n]*)"
     commands = re.findall(pattern, re.sub(r"\n\s*(?=diffusers|--)", " ", read(README)))
     assert len(commands) > 15
     for command, rest in commands:
