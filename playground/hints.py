@@ -33,12 +33,21 @@ class RequestError(ValueError):
 def read_hint(content: bytes, reading: Reading, resample: str, size: Size) -> np.ndarray:
     """The hint (H,W,C) uint8 in the `content` of an image file, brought to `size` (width, height). RequestError for
     what is no image, or too large a one."""
+    return fit_hint(decode_hint(content, reading), resample, size)
+
+
+def decode_hint(content: bytes, reading: Reading) -> np.ndarray:
+    """The same in the size that the file has."""
     with _decoding:
         try:
             _check_size(content)
-            array = _decode(content, reading)
+            return _decode(content, reading)
         except DataError as e:
             raise RequestError(f"The image cannot be used: {images.one_line(e)[:300]}.") from e
+
+
+def fit_hint(array: np.ndarray, resample: str, size: Size) -> np.ndarray:
+    """A hint (H,W,C) uint8 brought to `size` (width, height). RequestError for a size that takes too much memory."""
     if size[0] * size[1] * array.shape[2] > 4 * MAX_PIXELS:
         raise RequestError(f"A hint of {size[0]}x{size[1]} with {array.shape[2]} channels is too large for this page.")
     return data.resize(array, size, images.RESAMPLE[resample])

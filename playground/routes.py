@@ -14,7 +14,7 @@ from pathlib import Path
 
 import data
 from playground.drawing import draw, prepare
-from playground.hints import RequestError, read_hint, to_png
+from playground.hints import RequestError, decode_hint, fit_hint, to_png
 from playground.jobs import Event, Job, Line
 from playground.model import LoadedModel
 from playground.request import parse_drawing, parse_size
@@ -56,8 +56,7 @@ class Routes:
         number = request.query.get("number", "")
         hint = self.loaded.hints.read(int(number) if number.isascii() and number.isdigit() and len(number) < 10 else -1)
         if "size" in request.query:
-            size, resample = self._size(request), self.loaded.controls[0].resample
-            hint = data.resize(hint, size, data.RESAMPLE[resample])
+            hint = fit_hint(hint, self.loaded.controls[0].resample, self._size(request))
         request.answer(to_png(hint), "image/png")
 
     def post_hint(self, request: Handler) -> None:
@@ -66,8 +65,9 @@ class Routes:
             raise RequestError("There is no such ControlNet.")
         control, size = self.loaded.controls[int(place)], self._size(request)
         with request.body(BYTES) as content:
-            hint = read_hint(content, control.reading, control.resample, size)
-        request.answer(to_png(hint), "image/png")
+            native = decode_hint(content, control.reading)
+        cut = data.fraction_cut(native.shape[1::-1], size)
+        request.answer(to_png(fit_hint(native, control.resample, size)), "image/png", Fraction_Cut=f"{cut:.4f}")
 
     def post_draw(self, request: Handler) -> None:
         multiple, nets = self.loaded.model.config.multiple, len(self.loaded.controls)

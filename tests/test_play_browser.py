@@ -176,6 +176,9 @@ def test_images_are_opened_dropped_and_chosen(tab, served, tmp_path):
     tab.wait("!document.getElementById('error').hidden")
     assert "cannot be used" in tab.run("document.getElementById('error').textContent")
     assert np.array_equal(canvas(tab), ring)
+    Image.new("RGB", (64, 32), "white").save(tmp_path / "wide.png")
+    tab.send("DOM.setFileInputFiles", files=[str(tmp_path / "wide.png")], nodeId=field)
+    tab.wait("document.getElementById('hint-note').textContent.startsWith('50% of the image was cut off')")
     tab.click("#clear")
     tab.run(f"""(() => {{
         const bytes = Uint8Array.from(atob("{base64.b64encode(circle(32)).decode()}"), (c) => c.charCodeAt(0));

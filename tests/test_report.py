@@ -24,17 +24,18 @@ from tests.browser import Browser
 from tests.conftest import settings
 from training.history import read_history
 from training.records import GRID, Metrics, save_grid
+from training.run_folder import RunFolder
 from weights import CheckpointError
 
 
-def fake_run(path: Path, lines: list | None = None, steps: int = 0, **more) -> Path:
-    """The folder of a run with these metrics and an image log of `steps` grids."""
+def fake_run(path: Path, lines: list | None = None, grids: int = 0, **more) -> Path:
+    """The folder of a run with these metrics and an image log of `grids` grids."""
     path.mkdir(parents=True)
     config = dict(base="b.safetensors", data="data/x", steps=500, resolution="16x16") | more
     (path / "config.json").write_text(json.dumps(config))
     if lines is not None:
         (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for i in range(steps):
+    for i in range(grids):
         grid(path, 10 * i)
     return path
 
@@ -118,11 +119,16 @@ def test_report_makes_the_same_page_later(evil_run, tmp_path, capsys):
     assert undated(out) == undated(evil_run / "report.html")
 
 
-def test_an_anew_run_does_not_keep_the_page_of_the_one_before(base, folder, tmp_path):
-    config = settings(base, folder, tmp_path / "run", steps=2)
-    run = train.train(config)
-    train.train(Config(**{**vars(config), "logger_freq": 0}), overwrite=True)
-    assert not (run / "progress.gif").exists() and len([e for e in read_history(run) if "start" in e]) == 1
+def test_an_anew_run_does_not_keep_the_page_of_the_one_before(tmp_path):
+    run = fake_run(tmp_path / "run", [], 1)
+    made = ("report.html", "progress.gif", "history.jsonl")
+    for name in made:
+        (run / name).write_text("x")
+    run_folder = RunFolder(run, Config(out=str(run)), "cpu")
+    run_folder.prepare(anew=False)
+    assert all((run / name).exists() for name in made)
+    run_folder.prepare(anew=True)
+    assert not any((run / name).exists() for name in made)
 
 
 def test_the_sudden_convergence_is_marked(tmp_path):
@@ -138,7 +144,7 @@ def test_several_runs_lie_over_one_another(tmp_path, monkeypatch):
     lines = [{"step": s, "loss": 1 / s, "mine": 2.0} for s in range(1, 20)]
     runs = [
         fake_run(Path("x/run"), lines + gains(0, 0.2, 0.3), learning_rate=1e-5),
-        fake_run(Path("y/run"), lines, learning_rate=3e-5, steps=2),
+        fake_run(Path("y/run"), lines, learning_rate=3e-5, grids=2),
     ]
     path = write_report([str(run) for run in runs])
     assert path == Path("compare.html") and not list(tmp_path.glob("*.gif"))
@@ -250,7 +256,7 @@ def test_grids_that_cannot_be_read_are_left_out(tmp_path):
 
 
 def test_a_run_of_which_only_the_settings_are_there(tmp_path):
-    run = fake_run(tmp_path / "run", precision=None, unheard_of={"a": [1]}, memory=["?"] and "fast", steps=500)
+    run = fake_run(tmp_path / "run", precision=None, unheard_of={"a": [1]}, memory="fast")
     (run / "history.jsonl").write_text(
         '{"step": 1, "start": "x", "machine": 3, "data": {"rows": [1]}}\n{"st\n[1]\n' + "[" * 99999
     )
