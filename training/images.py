@@ -17,14 +17,15 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 RESAMPLE = {"area": Image.Resampling.BOX, "nearest": Image.Resampling.NEAREST}
 Size = tuple[int, int]  # (width, height) in pixels
@@ -316,22 +317,28 @@ def save_whole(path: str | Path, write: Callable[[Path], object]) -> None:
     `path` is the whole new file or what stood there before."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    half = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
-        write(partial)
-        os.replace(partial, path)
+        write(half)
+        os.replace(half, path)
     finally:
-        partial.unlink(missing_ok=True)
+        half.unlink(missing_ok=True)
 
 
-def save_picture(path: str | Path, picture: np.ndarray | Image.Image, **settings: object) -> None:
+def save_picture(
+    path: str | Path, picture: np.ndarray | Image.Image, text: Mapping[str, str] | None = None
+) -> None:  # fmt: skip
     """Save (H,W), (H,W,3) or (H,W,4) uint8 as a picture file, whole or not at all. DataError for an unknown ending.
 
-    `settings`: of Pillow's writer of the format, as the `pnginfo` of a PNG file; writers ignore those of others."""
+    `text`: texts that a PNG file holds beside the picture, by their keys.
+    """
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     if Path(path).suffix.lower() not in Image.registered_extensions():
         raise DataError(f"{path}: the ending names no picture format; .png is one")
-    save_whole(path, lambda partial: image.save(partial, **settings))
+    chunks = PngInfo()
+    for key, value in (text or {}).items():
+        chunks.add_text(key, value)
+    save_whole(path, partial(image.save, pnginfo=chunks) if text else image.save)
 
 
 def save_hint(stem: Path, hint: np.ndarray) -> Path:

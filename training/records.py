@@ -1,7 +1,7 @@
 """The files in a run's folder that people look at: metrics, image grids, curves.
 
 `metrics.jsonl` has one JSON object a line; image grids are PNG files with labelled columns; `curves.png` shows the loss
-and the control gain (see `training/validation.py`) against the step. An image grid carries a text chunk GRID that says
+and the control gain (see `training/validation.py`) against the step. An image grid carries a text GRID that says
 where its pictures are, for programs that cut them out again (`report/pictures.py`).
 """
 
@@ -10,12 +10,12 @@ import itertools
 import json
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from training.images import save_picture
@@ -42,12 +42,16 @@ def hint_image(hint: Tensor) -> np.ndarray:
     return np.stack({1: channels * 3, 2: [*channels, black]}.get(len(channels), channels), axis=-1)
 
 
-def save_grid(path: str | Path, columns: dict[str, Sequence[np.ndarray]], captions: Sequence[str] = ()) -> None:
+def save_grid(
+    path: str | Path, columns: dict[str, Sequence[np.ndarray]], captions: Sequence[str] = (),
+    text: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
     """Save a table of pictures as the image file `path`.
 
     `columns`: label -> pictures (H,W,3) uint8, one a row, all of one size. `captions`: the text under each row, broken
-    to the width of the table. The file is written whole or not at all. A PNG file says where the pictures are, in the
-    text chunk GRID: {"size": [W, H], "columns": {label: left edge}, "rows": [upper edges], "captions": [...]}.
+    to the width of the table. `text`: see `save_picture`. The file is written whole or not at all. A PNG file says
+    where the pictures are, in the text GRID: {"size": [W, H], "columns": {label: left edge}, "rows": [upper edges],
+    "captions": [...]}.
     """
     rows = max(len(images) for images in columns.values())
     height, width = next(iter(columns.values()))[0].shape[:2]
@@ -69,15 +73,13 @@ def save_grid(path: str | Path, columns: dict[str, Sequence[np.ndarray]], captio
             if row < len(images):
                 sheet.paste(Image.fromarray(images[row]), (gap + c * (column + gap), y))
         y += height
-        for text in lines:
-            draw.text((gap, y + 1), text, INK, font)
+        for caption in lines:
+            draw.text((gap, y + 1), caption, INK, font)
             y += line
         y += gap
     lefts = {label: gap + c * (column + gap) for c, label in enumerate(columns)}
     places = {"size": [width, height], "columns": lefts, "rows": tops, "captions": list(captions)}
-    chunks = PngImagePlugin.PngInfo()
-    chunks.add_text(GRID, json.dumps(places))
-    save_picture(path, sheet, pnginfo=chunks)
+    save_picture(path, sheet, {GRID: json.dumps(places), **(text or {})})
 
 
 def _wrap(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:
