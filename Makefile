@@ -13,7 +13,7 @@ PROMPT ?= light sea green circle with dark salmon background
 HUB := https://huggingface.co
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train sample data pretrain merge bench test lint format fill50k sd15 clean
+.PHONY: help setup train play sample data pretrain merge bench test lint format fill50k sd15 clean
 
 help:  ## list the targets
 	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):.*## /  \1\t/' | expand -t 12
@@ -32,6 +32,9 @@ setup: .venv/.run  ## make .venv with what training needs
 
 train: .venv/.run  ## train a ControlNet: the demo, or BASE= DATA= [OUT=] [ARGS=]
 	$(PY) train.py $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+play: .venv/.run  ## open a page, draw a hint on it and see the ControlNet obey: [MODEL=] [ARGS=]
+	$(PY) play.py --model $(MODEL) $(ARGS)
 
 sample: .venv/.run  ## draw with a trained one: [MODEL=] [HINT=] [PROMPT=] [OUT=] [ARGS=]
 	$(PY) sampler.py --model $(MODEL) --hint $(HINT) --prompt "$(PROMPT)" $(if $(OUT),--out $(OUT)) $(ARGS)

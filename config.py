@@ -310,6 +310,7 @@ class CommandLine(NamedTuple):
     vram: float | None  # memory of the GPU that is planned for, GiB
     rate: float | None  # images that this GPU trains on in a second
     trial: bool = False  # no base was named: the data is tried on the tiny one
+    report: list[str] | None = None  # folders of runs of which a page is written; nothing trains
 
 
 def flag_name(name: str) -> str:
@@ -371,6 +372,11 @@ def parse(argv: list[str] | None) -> CommandLine:
     parser.add_argument(
         "--data-changed", action="store_true", help="with --resume: accept that rows were removed, repaired or appended"
     )
+    parser.add_argument(
+        "--report", nargs="+", metavar="RUN",
+        help="write RUN/report.html from what the run left, or a page that compares several (--out: its file); "
+        "train nothing",
+    )  # fmt: skip
     plan_group = parser.add_argument_group("planning")
     positive = number(float, 1e-9)
     plan_group.add_argument(
@@ -385,8 +391,12 @@ def parse(argv: list[str] | None) -> CommandLine:
     )
     add_flags(parser)
     given = vars(parser.parse_args(argv))
-    once = ("resume", "overwrite", "data_changed", "plan", "vram", "rate")  # flags that are not settings of the run
-    resume, overwrite, data_changed, plan, vram, rate = (given.pop(k, None) for k in once)
+    once = ("resume", "overwrite", "data_changed", "plan", "vram", "rate", "report")  # flags that are no settings
+    resume, overwrite, data_changed, plan, vram, rate, report = (given.pop(k, None) for k in once)
+    if report:
+        if given.keys() - {"out"} or resume or overwrite or data_changed or plan:
+            raise ConfigError("--report writes a page and trains nothing: it goes with --out FILE alone")
+        return CommandLine(Config(out=given.get("out", "")), None, False, False, False, None, None, report=report)
     trial = not resume and "data" in given and "base" not in given
     if (vram or rate) and not plan:
         raise ConfigError("--vram and --rate belong to --plan, which is not given")

@@ -3,12 +3,13 @@
     python train.py                                             the demo: circles on the tiny base model that ships
     python train.py --base sd15.safetensors --data data/fill50k --out runs/fill50k
     python train.py --resume runs/fill50k                       continue where the run stopped
+    python train.py --report runs/fill50k                       write the page of the run again
     torchrun --nproc-per-node 4 train.py --base ... --data ...  on four GPUs
 
 `diffusion_loss` is the objective, `train` puts the parts together, `training_loop` is the loop. What is frozen is
 computed once (`training/cache.py`); what is random is a function of (seed, sample number), so a run that was stopped
 and resumed equals the run that was not stopped, bit for bit. A run is a folder: `config.json`, `metrics.jsonl`,
-`curves.png`, `image_log/`, `checkpoints/`. Follows Zhang et al. 2023 (arXiv:2302.05543).
+`report.html`, `curves.png`, `image_log/`, `checkpoints/`. Follows Zhang et al. 2023 (arXiv:2302.05543).
 """
 
 import contextlib
@@ -34,6 +35,7 @@ from config import DEMO, Config, check_device, parse
 from ldm import ControlLDM, use_tf32
 from lowvram.estimate import choose_preset, describe_memory, plan, suggest_flags
 from lowvram.process import disable_malloc_trim, peak_memory
+from report.page import RunPage, write_report
 from sampler import alphas_cumprod, q_sample, velocity
 from toy import circles
 from training.cache import VAE_ENCODER, fingerprint, prepare_batch
@@ -46,6 +48,7 @@ from training.checkpoints import (
 )
 from training.console import protect_output
 from training.distributed import Ranks
+from training.history import History, dataset_facts, machine
 from training.interruption import Interruption
 from training.preparation import build_samples, open_dataset
 from training.records import Metrics, read_metrics
@@ -260,7 +263,13 @@ def train(
         if ranks.main:
             run_folder.prepare(anew=not folder)
             metrics = Metrics(run, trainer.step, config.tensorboard)
-            validation = Validation(trainer, samples, validation_items, uncond, loss_fn, run_folder, metrics)
+            history, page = History(run), RunPage(run, metrics)
+            with run_folder.guard("history.jsonl"):
+                facts = dataset_facts(config, samples, validation_items)
+                history.start(trainer.step, data=facts, machine=machine(config.device))
+            validation = Validation(
+                trainer, samples, validation_items, uncond, loss_fn, run_folder, metrics, history, page
+            )
             print_summary(trainer, samples, len(validation_items))
         end = trainer.samples + (config.steps - trainer.step) * config.batch
         loader = data.batches(
@@ -274,6 +283,8 @@ def train(
             saved = training_loop(trainer, loader, weighted_loss, ranks, validation, save, interruption)
         if ranks.main:
             report(run, saved, config.steps, metrics, samples, validation_items[0], model.config.name)
+            with run_folder.guard("report.html"):
+                page.write(last=True)
             if saved < trainer.step:
                 raise CheckpointError(f"{run}: step {trainer.step} could not be saved; the last one saved is {saved}")
     return run
@@ -355,6 +366,8 @@ def explain_oom(config: Config, run: Path) -> Iterator[None]:
 # --------------------------------------------------------------------------------------------------------------- CLI
 def main(argv: list[str] | None = None) -> None:
     command = parse(argv)
+    if command.report:
+        return print(f"page:      {write_report(command.report, command.config.out)}")
     if command.plan:
         entries = read_metrics(command.resume) if command.resume else []
         speeds = [entry["images_per_second"] for entry in entries if "images_per_second" in entry]

@@ -30,9 +30,14 @@ def disable_malloc_trim() -> None:
 
 def peak_memory(device: torch.device | str) -> str:
     """The most memory that this process has used so far, in words: of the GPU if `device` is one, else of the CPU."""
+    return f"{peak_gib(device):.1f} GiB"
+
+
+def peak_gib(device: torch.device | str) -> float:
+    """`peak_memory` as a number, in GiB; NaN for a CPU on Windows."""
     if torch.device(device).type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / GIB:.1f} GiB"
-    return f"{peak_resident():.1f} GiB"
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return peak_resident()
 
 
 def peak_resident() -> float:

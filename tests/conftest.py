@@ -1,6 +1,8 @@
 """What the tests share: golden numbers, and a tiny random Stable Diffusion file to train on."""
 
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import train
+from config import Config
 from ldm import TINY, ControlLDM
+from playground.model import Choices, LoadedModel, load
+from tests.playing import Page
 from toy import circles
+from weights import ModelSource, load_model
 from weights.writing import save_safetensors
 
+# A prompt that would be a script, if a page took it for markup.
+EVIL = "<script>document.title='evil'</script><img src=x onerror=document.title='evil'> & \"'"
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -53,3 +62,50 @@ def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("data") / "circles"
     circles.make(path, count=24, size=32, seed=3)
     return path
+
+
+def settings(base, data, out, **more) -> Config:
+    """A run of four steps with three image logs, on a small data set."""
+    return Config(
+        base=str(base), data=str(data), out=str(out), batch_size=4, learning_rate=1e-3, workers=0, device="cpu",
+        cache_dir=str(out) + "-cache", log_steps=2, **{"steps": 4, "logger_freq": 2, "log_images": 2, **more},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def evil_run(base, tmp_path_factory) -> Path:
+    """A run whose prompts and folder try to be markup."""
+    root = tmp_path_factory.mktemp("evil")
+    circles.make(root / "data", count=24, size=32, seed=3)
+    rows = [json.loads(line) for line in (root / "data/prompt.json").read_text().splitlines()]
+    lines = [json.dumps(row | {"prompt": EVIL}) + "\n" for row in rows]
+    (root / "data/prompt.json").write_text("".join(lines))
+    return train.train(settings(base, root / "data", root / "<b>run & co</b>"))
+
+
+@pytest.fixture(scope="session")
+def model_file(base, tmp_path_factory) -> Path:
+    """A whole model whose ControlNet says something."""
+    model = load_model(ModelSource(base, attach=True))
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(1)
+        for p in model.control_model.parameters():
+            if not p.any():
+                p.normal_(std=0.05)
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    save_safetensors(path, model.state_dict(), {"config": TINY.to_json()})
+    return path
+
+
+@pytest.fixture(scope="session")
+def loaded(model_file) -> LoadedModel:
+    """The same model, as `play.py` loads it."""
+    return load(Choices(str(model_file)))
+
+
+@pytest.fixture(scope="session")
+def page(loaded) -> Iterator[Page]:
+    """A server that offers this model."""
+    page = Page(loaded)
+    yield page
+    page.close()

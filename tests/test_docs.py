@@ -16,6 +16,7 @@ import bench
 import config
 import data
 import merge
+import play
 import sampler
 from ldm import SD15, ControlLDM
 from toy import circles, pretrain
@@ -125,6 +126,7 @@ COMMANDS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "train.py": (config.parse, ("",)),
     "sampler.py": (sampler.parse, ("",)),
     "data.py": (data.main, ("show", "check", "hints")),
+    "play.py": (play.parse, ("",)),
     "merge.py": (merge.parse, ("attach", "extract", "transfer", "export", "info")),
     "bench.py": (bench.parse, ("step", "sample", "memory", "data")),
     "toy.circles": (circles.main, ("make", "judge")),
@@ -149,7 +151,7 @@ def test_flags_exist(document):
 
 
 def test_commands_have_their_flags():
-    pattern = r"(?:python (?:-m )?|torchrun .*?)(train\.py|sampler\.py|data\.py|merge\.py|bench\.py|toy\.\w+)([^`#\n]*)"
+    pattern = r"(?:python (?:-m )?|torchrun .*?)((?:train|sampler|play|data|merge|bench)\.py|toy\.\w+)([^`#\n]*)"
     commands = re.findall(pattern, re.sub(r"\n\s*(?=diffusers|--)", " ", read(README)))
     assert len(commands) > 15
     for command, rest in commands:

@@ -51,7 +51,8 @@ def test_a_run_is_a_folder(config):
     config.logger_freq, config.checkpoint_freq, config.keep_checkpoints, config.log_images = 2, 1, 2, 2
     run = train.train(config)
     assert {p.name for p in run.iterdir()} == {
-        "config.json", "metrics.jsonl", "image_log", "checkpoints", "curves.png", "hint.png",
+        "config.json", "metrics.jsonl", "image_log", "checkpoints", "curves.png", "hint.png", "history.jsonl",
+        "report.html", "progress.gif",
     }  # fmt: skip
     assert [p.name for p in list_checkpoints(run)] == ["step-000003", "step-000004"]
     assert sorted(p.name for p in (run / "image_log").iterdir()) == [f"step-00000{i}.png" for i in (0, 2, 4)]

@@ -23,6 +23,7 @@ from ldm import ControlLDM, ModelConfig, compute_dtype_for
 from training.buckets import Framings, assign_buckets, bucket_sizes, describe_buckets
 from training.cache import build_cache, release_encoders
 from training.order import BucketOrder
+from training.validation import held_out
 from training.verify import remarks, verified
 
 
@@ -96,8 +97,8 @@ def build_samples(
     count, (width, height) = len(dataset), dataset.size
     if count < 2:
         raise data.DataError("the data set has 1 item; it takes 2 to measure whether a hint makes a difference")
-    held_out = max(2, min(config.validation, count // 10))
-    train_items = range(count - held_out) if count > 2 * held_out else range(count)  # a handful: train on all of them
+    validation_items = held_out(count, config.validation)
+    train_items = range(validation_items.start if count > 2 * len(validation_items) else count)  # a handful: all train
     order = None
     if config.buckets:
         config.bucket_batch = config.bucket_batch or config.batch  # a resumed run keeps to it
@@ -117,4 +118,4 @@ def build_samples(
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(data.SampleRandomness)[1:]}
     randomness = data.SampleRandomness(model.config.timesteps, **settings)
     samples = data.Samples(dataset, train_items, config.seed, latent_shape, randomness, encodings, order)
-    return samples, list(range(count - held_out, count)), uncond
+    return samples, list(validation_items), uncond

@@ -1,7 +1,8 @@
 """The files in a run's folder that people look at: metrics, image grids, curves.
 
 `metrics.jsonl` has one JSON object a line; image grids are PNG files with labelled columns; `curves.png` shows the loss
-and the control gain (see `training/validation.py`) against the step.
+and the control gain (see `training/validation.py`) against the step. An image grid carries a text GRID that says
+where its pictures are, for programs that cut them out again (`report/pictures.py`).
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from torch import Tensor
 from training.images import save_picture
 from weights.writing import write_atomically
 
+GRID = "grid"  # the name of the text chunk in an image grid
 INK, PAPER, FAINT, BLUE, RED = (30, 30, 30), (255, 255, 255), (225, 225, 225), (31, 105, 190), (200, 50, 40)
 
 
@@ -48,7 +50,8 @@ def save_grid(
 
     `columns`: label -> pictures (H,W,3) uint8, one a row; the table has room for the largest. `captions`: the text
     under each row, broken to the width of the table. `text`: see `save_picture`. The file is written whole or not at
-    all.
+    all. A PNG file says where the pictures are, in the text GRID: {"size": [W, H], "columns": {label: left edge},
+    "rows": [upper edges], "heights": [those of the rows], "captions": [...]}.
     """
     rows = max(len(images) for images in columns.values())
     heights = [max(images[row].shape[0] for images in columns.values() if row < len(images)) for row in range(rows)]
@@ -64,8 +67,9 @@ def save_grid(
     draw = ImageDraw.Draw(sheet)
     for c, label in enumerate(columns):
         draw.text((gap + c * (column + gap), gap), label, INK, font)
-    y = 2 * gap + line
+    y, tops = 2 * gap + line, []
     for row, lines in enumerate(wrapped):
+        tops.append(y)
         for c, images in enumerate(columns.values()):
             if row < len(images):
                 sheet.paste(Image.fromarray(images[row]), (gap + c * (column + gap), y))
@@ -74,7 +78,15 @@ def save_grid(
             draw.text((gap, y + 1), caption, INK, font)
             y += line
         y += gap
-    save_picture(path, sheet, text)
+    lefts = {label: gap + c * (column + gap) for c, label in enumerate(columns)}
+    places = {
+        "size": [width, max(heights)],
+        "columns": lefts,
+        "rows": tops,
+        "heights": heights,
+        "captions": list(captions),
+    }
+    save_picture(path, sheet, {GRID: json.dumps(places), **(text or {})})
 
 
 def _wrap(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:

@@ -2,8 +2,11 @@
 
 RUN/config.json      the settings of the run
 RUN/metrics.jsonl    what was measured, one line a step
+RUN/history.jsonl    machine, versions and data of each start, and memory over time
+RUN/report.html      the page of the run: curves, images, settings, commands
 RUN/curves.png       loss and control gain
 RUN/image_log/       a grid of images for each measurement
+RUN/progress.gif     the images of the image log, one after the other
 RUN/checkpoints/     see training/checkpoints.py
 RUN/set_aside/       checkpoints later than the one that a resume chose
 RUN/error.txt        the traceback of an exception that ended the run
@@ -26,7 +29,8 @@ from weights.reading import CheckpointError
 from weights.writing import save_json
 
 LEFTOVERS = (
-    "checkpoints", "set_aside", "image_log", "tensorboard", "metrics.jsonl", "curves.png", "judge.png", "error.txt",
+    "checkpoints", "set_aside", "image_log", "tensorboard", "metrics.jsonl", "history.jsonl", "report.html",
+    "progress.gif", "curves.png", "judge.png", "error.txt",
 )  # fmt: skip
 
 

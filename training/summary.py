@@ -87,6 +87,7 @@ def report(
     draw = [python, "sampler.py", "--model", str(run), "--hint", str(hint)]
     draw += ["--prompt", samples.dataset.prompt(item), "--out", f"samples/{run.name}"]
     print(
+        f"page:      {run / 'report.html'}\n"
         f"pictures:  {run / 'image_log'}, {run / 'curves.png'}\n"
         f"trained:   {newest_checkpoint(run) / 'trained.safetensors'}\n"
         f"draw:      {shlex.join(draw)}"

@@ -21,6 +21,7 @@ from tqdm import tqdm
 import data
 from sampler import Control, Sampling, sample
 from training.cache import prepare_batch
+from training.history import History
 from training.records import (
     Metrics,
     hint_image,
@@ -32,6 +33,12 @@ from training.records import (
 )
 from training.run_folder import RunFolder
 from training.setup import Trainer, ema_weights
+
+
+def held_out(count: int, wanted: int) -> range:
+    """The items of a data set of `count` that are kept for validation: the last `wanted` ones, a tenth of a small data
+    set, and never less than two."""
+    return range(count - max(2, min(wanted, count // 10)), count)
 
 
 class Validation:
@@ -51,9 +58,12 @@ class Validation:
         loss_fn: Callable[..., Tensor],
         run_folder: RunFolder,
         metrics: Metrics,
+        history: History | None = None,
+        page: Any = None,
     ):
         self.trainer, self.samples, self.items, self.uncond = trainer, samples, items, uncond
         self.loss_fn, self.run_folder, self.metrics = loss_fn, run_folder, metrics
+        self.history, self.page = history, page
         self.last_gain = ""  # for the progress bar
         self.converged = sudden_convergence(*metrics.series("control_gain")) is not None
         self.groups = group_positions([samples.shape_of(i) for i in items])  # images of one size, by position in items
@@ -105,6 +115,12 @@ class Validation:
                     self.draw(self.run_folder.path / grid)
         with self.run_folder.guard("curves.png"):
             save_curves(self.run_folder.path / "curves.png", self.metrics)
+        if self.history:
+            with self.run_folder.guard("history.jsonl"):
+                self.history.measure(step, self.trainer.config.device)
+        if self.page:
+            with self.run_folder.guard("report.html"):
+                self.page.write()
 
     def measure_gain(self, step: int) -> None:
         """Measure the losses and the control gain, write and print them, and tell the sudden convergence once."""

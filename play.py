@@ -1,0 +1,91 @@
+"""Open a page in the browser: draw a hint with the mouse, type a prompt, and see the ControlNet obey.
+
+    python play.py --model runs/demo                     the page of the demo's ControlNet, at http://127.0.0.1:7860
+    python play.py --model sd15.safetensors --control canny.safetensors --control depth.safetensors
+    python play.py --model runs/demo --host 0.0.0.0      for others in the same network, too
+
+The server is the standard library's. It listens to this machine alone unless --host says otherwise; `playground/` has
+the page, the checks, and the line in which drawings wait for the device.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import webbrowser
+
+from config import default_device, device, number
+from ldm import PRECISIONS
+from playground.model import Choices, load, missing_model
+from playground.routes import Routes
+from playground.server import Server, is_loopback
+from training.console import protect_output
+from training.images import one_line
+from weights import CheckpointError
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="play.py", description="Open a page on which one draws hints and sees the ControlNet obey.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--model", default="runs/demo", help="folder of a training run, Stable Diffusion file, or diffusers folder")
+    add("--base", default="", help="with a run: another base model than its own, or where that is now")
+    add("--control", action="append", default=[],
+        help="a further ControlNet to offer (file, folder or run of the same base); any number of times")  # fmt: skip
+    add("--vae", default="", help="file or folder of a VAE that replaces the model's")
+    add("--device", type=device, default=default_device(), help="device that computes: cuda, cuda:1, mps or cpu")
+    add("--precision", choices=tuple(PRECISIONS), default="fp32", help="number format of weights and computation")
+    add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets the whole network draw")
+    add("--port", type=number(int, 0, 65535), default=7860, help="port to listen at; 0 takes a free one")
+    add("--browser", action=argparse.BooleanOptionalAction, default=True, help="open the page in the browser")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    if problem := missing_model(args.model):
+        raise CheckpointError(problem)
+    print(f"loading {args.model}", flush=True)
+    choices = Choices(args.model, args.base, tuple(args.control), args.vae, args.device, args.precision)
+    routes = Routes(load(choices))
+    with listen(args.host, args.port, routes) as server:
+        print(f"the page: {server.url}   (Ctrl-C ends it)", flush=True)
+        if not is_loopback(args.host):
+            print(f"--host {args.host}: everyone who reaches this machine can draw on it", flush=True)
+        if args.browser and is_loopback(args.host) and has_screen():
+            threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("the page is closed")
+        finally:
+            routes.line.close()
+            server.wait_for_threads(5.0)
+
+
+def listen(host: str, port: int, routes: Routes) -> Server:
+    """A server at `host` and `port`. CheckpointError, with what to do, if that is not possible."""
+    try:
+        return Server(host, port, routes.table())
+    except OSError as e:
+        way_out = "; --port 0 takes a free one" if port else ""
+        raise OSError(f"{host}:{port} cannot be listened at ({e.strerror or e}){way_out}") from e
+
+
+def has_screen() -> bool:
+    """Whether a browser with a window can be opened, and not one of text in the terminal."""
+    return sys.platform in ("win32", "darwin") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+if __name__ == "__main__":
+    protect_output()
+    try:
+        main()
+    except (ValueError, OSError) as e:  # a bad input: one line, no traceback
+        sys.exit(f"play.py: {one_line(e)}")
+    except KeyboardInterrupt:
+        sys.exit("play.py: ended by Ctrl-C")

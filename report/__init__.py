@@ -1,0 +1,1 @@
+"""One page that tells the whole story of a run, or compares several runs."""
