@@ -2,44 +2,37 @@
 
 Adding noise is one line: x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise, where a_t falls from almost 1 (t=0) to almost 0
 (t=999). Removing it asks the UNet at a few timesteps, from high to low, for the noise in x_t, and steps towards the
-clean latents. DDIM (Song et al. 2020, arXiv:2010.02502) is a first-order solver; DPM-Solver++ 2M (Lu et al. 2022,
-arXiv:2211.01095) is of second order and needs 10 to 20 steps where DDIM needs 20 to 50. Classifier-free guidance (Ho &
-Salimans 2022, arXiv:2207.12598) asks twice, with the prompt and with the negative prompt, in one batch, and
-extrapolates from the negative prediction through the prompted one.
+clean latents. DDIM (Song et al. 2020, arXiv:2010.02502) and Euler's method (Karras et al. 2022, arXiv:2206.00364) are
+solvers of first order; DPM-Solver++ 2M (Lu et al. 2022, arXiv:2211.01095) is of second order and needs 10 to 20 steps
+where DDIM needs 20 to 50. Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598) asks twice, with the prompt
+and with the negative prompt, in one batch, and extrapolates from the negative prediction through the prompted one.
 
     x_T --+--> eps_model (UNet, ControlNets, guidance) --> eps --> solver step --+--> x_0
-          +------------------ once for every timestep <--------------------------+
+          +-------------- once for every step of the schedule <------------------+
 
     python sampler.py --model runs/demo --prompt "red circle with blue background" --hint circle.png --out samples
+
+The command line is in `drawing/`.
 """
 
-import argparse
 import dataclasses
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import data
-from clip_text import MAX_TOKENS
-from config import default_device, device, number
 from controlnet import ControlNet
-from ldm import PRECISIONS, SD15, ControlLDM, ModelConfig, compute_dtype_for, use_tf32
-from lowvram.process import disable_malloc_trim
-from training.console import protect_output
-from training.images import save_picture
-from training.records import hint_image, save_grid, to_uint8
-from weights import CheckpointError, ModelSource, load_model
-from weights.runs import is_run, load_run
+from ldm import SD15, ControlLDM, ModelConfig
 
-EpsModel = Callable[[Tensor, Tensor], Tensor]  # (x (B,4,h,w), t (B,) int64) -> eps (B,4,h,w)
+EpsModel = Callable[[Tensor, Tensor], Tensor]  # (x (B,4,h,w), t (B,) int64 or float32) -> eps (B,4,h,w)
+Schedule = Sequence[tuple[float, float]]  # see `make_schedule`
 
 
 # ---------------------------------------------------------------------------------------------------- noise schedule
@@ -105,6 +98,45 @@ def ddim_timesteps(steps: int, total: int = 1000, trailing: bool = False) -> np.
     return np.arange(steps) * total // steps + 1
 
 
+SPACINGS = ("leading", "trailing", "linspace", "karras")
+
+
+def make_schedule(alphas: Tensor, steps: int, spacing: str = "leading", clean_end: bool = False) -> Schedule:
+    """(timestep, alpha) of each of `steps` steps, from noise to image, and as a last entry where the last step ends.
+
+    alphas (timesteps,): the model's noise schedule. Spacings, which say where the steps are:
+
+    leading   the original's DDIM, from below the last timestep to 1 (`ddim_timesteps`); ends at alphas[0]
+    trailing  the same from the last timestep on; ends at alphas[0]
+    linspace  evenly from the last timestep to 0, as k-diffusion takes them; ends without noise, at alpha 1
+    karras    evenly in sigma^(1/7), sigma = sqrt((1-alpha)/alpha) being the noise in units of the signal: more steps at
+              little noise (Karras et al. 2022, equation 5); ends at alpha 1
+
+    The timesteps of the last two are no whole numbers: log sigma is interpolated between the model's timesteps.
+    `clean_end`: the first two end at alpha 1 as well.
+    """
+    known, every = alphas.cpu().double().numpy(), np.arange(len(alphas))
+    whole = ddim_timesteps(steps, len(alphas), trailing=spacing == "trailing")[::-1]
+    if spacing in ("leading", "trailing"):
+        return [(int(t), float(known[t])) for t in whole] + [(0, 1.0 if clean_end else float(known[0]))]
+    log_sigmas = 0.5 * (np.log1p(-known) - np.log(known))
+    timesteps = np.linspace(len(alphas) - 1, 0, steps)
+    if spacing == "karras":
+        most, least = np.exp(log_sigmas[[-1, 0]] / 7)
+        timesteps = np.interp(7 * np.log(np.linspace(most, least, steps)), log_sigmas, every)
+    between = 1 / (1 + np.exp(2 * np.interp(timesteps, every, log_sigmas)))
+    return list(zip(timesteps.tolist(), between.tolist(), strict=True)) + [(0, 1.0)]
+
+
+def alphas_at(alphas: Tensor, timesteps: Tensor) -> Tensor:
+    """The noise schedule `alphas` at `timesteps` (B,). Between whole timesteps log sigma is interpolated."""
+    if not timesteps.is_floating_point():
+        return alphas[timesteps]
+    low = timesteps.floor().long()
+    high = (low + 1).clamp(max=len(alphas) - 1)
+    return torch.lerp(alphas[low].logit(), alphas[high].logit(), timesteps - low).sigmoid()
+
+
 # ----------------------------------------------------------------------------------------------------------- solvers
 @dataclass(frozen=True)
 class SolverStep:
@@ -113,14 +145,16 @@ class SolverStep:
     x: Tensor  # (B,4,h,w), the noisy latents at this timestep
     eps: Tensor  # the predicted noise in x
     x0: Tensor  # the clean latents that eps implies
-    t_next: int  # the next timestep; 0 at the last step
+    t_next: float  # the next timestep; 0 at the last step
     alpha: float  # `alphas_cumprod` at this timestep
     alpha_next: float  # and at the next one
-    last: bool  # this is the last step: it ends at `alphas_cumprod[0]`, almost without noise
+    last: bool  # this is the last step: it ends almost or entirely without noise
     previous: "SolverStep | None"  # the step before, for multistep solvers
     eta: float  # 0: deterministic, 1: as random as DDPM; for solvers that draw noise
     noise: Callable[[], Tensor]  # draws standard normal noise of the shape of x
-    predict: Callable[[Tensor, int], Tensor]  # (x, timestep) -> eps, for solvers that evaluate the model once more
+    predict: Callable[[Tensor, float], Tensor]  # (x, timestep) -> eps, for solvers that evaluate the model once more
+    number: int = 0  # of this step: 1, 2, ...
+    steps: int = 0  # how many there are
 
 
 def ddim_step(step: SolverStep) -> Tensor:
@@ -131,11 +165,25 @@ def ddim_step(step: SolverStep) -> Tensor:
     return x + sigma * step.noise() if sigma > 0 else x
 
 
+def euler_step(step: SolverStep) -> Tensor:
+    """Euler's method along the predicted noise. In units of the signal, x/sqrt(alpha) moves by eps times the change of
+    sigma: that is DDIM's step without fresh noise. What users know as Euler differs from DDIM by its schedule."""
+    return ddim_step(dataclasses.replace(step, eta=0.0))
+
+
+def euler_ancestral_step(step: SolverStep) -> Tensor:
+    """Euler's method down to less noise than the next timestep has; fresh noise makes up for the rest. The share of
+    fresh noise is DDPM's, so that this is DDIM's step with eta 1."""
+    return ddim_step(dataclasses.replace(step, eta=1.0))
+
+
 def dpmpp_2m_step(step: SolverStep) -> Tensor:
     """DPM-Solver++ (2M): a second-order step in the log signal-to-noise ratio, from this x0 and the one before.
 
     The first step and the last one, which is long in that ratio, are of first order.
     """
+    if step.alpha_next == 1:  # there the ratio is infinite, and the step of first order ends at x0
+        return step.x0
     log_snr = lambda a: 0.5 * (math.log(a) - math.log1p(-a))  # log(sqrt(a) / sqrt(1-a))
     lam, h = log_snr(step.alpha), log_snr(step.alpha_next) - log_snr(step.alpha)
     direction = step.x0
@@ -145,32 +193,41 @@ def dpmpp_2m_step(step: SolverStep) -> Tensor:
     return scale * step.x - math.sqrt(step.alpha_next) * math.expm1(-h) * direction
 
 
-SOLVERS: dict[str, Callable[[SolverStep], Tensor]] = {"ddim": ddim_step, "dpm": dpmpp_2m_step}
+SOLVERS: dict[str, Callable[[SolverStep], Tensor]] = {
+    "ddim": ddim_step, "dpm": dpmpp_2m_step, "euler": euler_step, "euler_a": euler_ancestral_step,
+}  # fmt: skip
+K_DIFFUSION = ("euler", "euler_a")  # solvers that users know from k-diffusion, with its schedule
 
 
 def denoise(
     solver: str, eps_model: EpsModel, x_T: Tensor, steps: int, alphas: Tensor | None = None, eta: float = 0.0,
     generators: Sequence[torch.Generator] | None = None, progress: Callable[[Iterable], Iterable] = iter,
-    trailing: bool = False, on_step: Callable[[SolverStep], object] | None = None,
+    trailing: bool = False, schedule: Schedule | None = None, on_step: Callable[[SolverStep], object] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Denoise x_T (B,4,h,w), standard normal, in `steps` steps of a solver of SOLVERS. Returns latents (B,4,h,w).
+    """Denoise x_T (B,4,h,w) by a solver of SOLVERS, in `steps` steps or along `schedule`. Returns latents (B,4,h,w).
 
-    `alphas`: the noise schedule, Stable Diffusion's by default. `eta`: see SolverStep; the noise comes from
-    `generators`, one a sample, on the CPU. `progress` wraps the list of steps (tqdm). `trailing`: see
-    `ddim_timesteps`. The last step ends at alphas[0]. `on_step` is called with each step before it is made: `step.x0`
-    shows the picture that forms, and whatever the function raises ends the drawing.
+    x_T is standard normal, or noisy latents as the first entry of the schedule says. `alphas`: the noise schedule,
+    Stable Diffusion's by default, and `trailing` (see `make_schedule`) where no `schedule` is given. `eta`: see
+    SolverStep; the noise comes from `generators`, one a sample, on the CPU. `progress` wraps the list of steps (tqdm).
+    `on_step` is called with each step before it is made: `step.x0` shows the picture that forms, and whatever the
+    function raises ends the drawing.
     """
-    alphas = (alphas_cumprod() if alphas is None else alphas).cpu().double()
-    timesteps = ddim_timesteps(steps, len(alphas), trailing)
-    predict = lambda x, t: eps_model(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device))
+    if schedule is None:
+        alphas = alphas_cumprod() if alphas is None else alphas
+        schedule = make_schedule(alphas, steps, "trailing" if trailing else "leading")
+
+    def predict(x: Tensor, t: float) -> Tensor:
+        dtype = torch.int64 if isinstance(t, int) else torch.float32
+        return eps_model(x, torch.full((len(x),), t, dtype=dtype, device=x.device))
+
     noise = lambda: _noise(x_T.shape, generators).to(x_T)
-    x, previous = x_T, None
-    for i in progress(range(steps - 1, -1, -1)):
-        t, t_next = int(timesteps[i]), int(timesteps[i - 1]) if i > 0 else 0
-        alpha, alpha_next = float(alphas[t]), float(alphas[t_next])
+    x, previous, count = x_T, None, len(schedule) - 1
+    for i in progress(range(count)):
+        (t, alpha), (t_next, alpha_next) = schedule[i], schedule[i + 1]
         eps = predict(x, t)
         x0 = (x - math.sqrt(1 - alpha) * eps) / math.sqrt(alpha)
-        step = SolverStep(x, eps, x0, t_next, alpha, alpha_next, i == 0, previous, eta, noise, predict)
+        last = i == count - 1
+        step = SolverStep(x, eps, x0, t_next, alpha, alpha_next, last, previous, eta, noise, predict, i + 1, count)
         if on_step:
             on_step(step)
         x = SOLVERS[solver](step)
@@ -188,12 +245,16 @@ def dpmpp_2m(eps_model: EpsModel, x_T: Tensor, steps: int, **settings: object) -
     return denoise("dpm", eps_model, x_T, steps, **settings)
 
 
-def starting_noise(shape: Sequence[int], seed: int, first: int = 0) -> tuple[Tensor, list[torch.Generator]]:
+def starting_noise(
+    shape: Sequence[int], seed: int, first: int = 0, images: Sequence[tuple[int, int]] | None = None
+) -> tuple[Tensor, list[torch.Generator]]:
     """Standard normal noise (B,4,h,w) for the images first, first + 1, ... of a seed, and the generators to draw more.
 
-    The noise of image i is a function of (seed, i), however many images are drawn at once.
+    The noise of image i is a function of (seed, i), however many images are drawn at once. `images`: the (seed, i) of
+    each, where they are not successive images of one seed.
     """
-    generators = [torch.Generator().manual_seed(data.derive_seed("image", seed, first + i)) for i in range(shape[0])]
+    images = [(seed, first + i) for i in range(shape[0])] if images is None else images
+    generators = [torch.Generator().manual_seed(data.derive_seed("image", *image)) for image in images]
     return _noise(shape, generators), generators
 
 
@@ -213,6 +274,7 @@ class Control:
     strength: float = 1.0  # multiplies all residuals
     start: float = 0.0  # fraction of the way from noise to image at which control begins
     end: float = 1.0  # and at which it ends
+    guess_mode: bool = False  # let this hint lead, with little or no prompt (see `make_cfg_model`)
 
 
 def make_cfg_model(
@@ -226,10 +288,10 @@ def make_cfg_model(
     """The function that a solver calls for the noise: UNet, prompts, ControlNets and classifier-free guidance in one.
 
     context, negative (B,77,D): the prompts and the negative prompts. The residuals of several ControlNets are added.
-    eps = negative + scale * (prompted - negative), both computed in one batch; at scale 1 the prompted one alone.
-    `guess_mode` leaves the hints out of the negative half and multiplies residual i of 13 by 0.825**(12-i), so that the
-    hint can do without a prompt. A ControlNet with `global_pool` always leaves the negative half alone, and is not
-    weakened.
+    eps = negative + scale * (prompted - negative), both computed in one batch; at scale 1 the prompted one alone. Guess
+    mode, of one `Control` or here of all, leaves the hint out of the negative half and multiplies residual i of 13 by
+    0.825**(12-i), so that the hint can do without a prompt. A ControlNet with `global_pool` always leaves the negative
+    half alone, and is not weakened.
     """
     alphas = alphas_cumprod(model.config, model.device)
     guided = scale != 1.0  # the batch of the UNet has two halves: prompts and negative prompts
@@ -242,10 +304,11 @@ def make_cfg_model(
         total = []
         for control, embedding in zip(controls, embeddings, strict=True):
             if control.start <= progress <= control.end:
-                both_halves = guided and not (guess_mode or control.net.global_pool)
+                guess = guess_mode or control.guess_mode
+                both_halves = guided and not (guess or control.net.global_pool)
                 inputs = map(twice, (x, embedding, t)) if both_halves else (x, embedding, t)
                 found = control.net.residuals(*inputs, contexts if both_halves else context)
-                found = scale_residuals(found, control, guess_mode and not control.net.global_pool)
+                found = scale_residuals(found, control, guess and not control.net.global_pool)
                 if guided and not both_halves:
                     found = [torch.cat([r, torch.zeros_like(r)]) for r in found]
                 total = add_residuals(total, found)
@@ -255,7 +318,7 @@ def make_cfg_model(
         x2, t2 = (twice(x), twice(t)) if guided else (x, t)
         out = model.unet(x2, t2, contexts, control=residuals(x, t)).to(x.dtype)
         if model.config.prediction == "v":
-            a = alphas[t2].view(-1, 1, 1, 1)
+            a = alphas_at(alphas, t2).view(-1, 1, 1, 1)
             out = a.sqrt() * out + (1 - a).sqrt() * x2
         if not guided:
             return out
@@ -291,6 +354,20 @@ class Sampling:
     scale: float | None = None  # guidance; None: the model's own
     guess_mode: bool = False
     seed: int = 0
+    spacing: str = "auto"  # one of SPACINGS; auto: `usual_spacing`
+    denoise: float = 1.0  # with a picture to start from: the fraction of the steps, the last ones, that is made
+
+
+def usual_spacing(solver: str, config: ModelConfig) -> str:
+    """The spacing of the steps that users expect of a solver: k-diffusion's for its solvers, else the original's, from
+    the last timestep on where the schedule of the model ends in pure noise."""
+    return "linspace" if solver in K_DIFFUSION else "trailing" if config.zero_terminal_snr else "leading"
+
+
+def schedule_for(settings: Sampling, config: ModelConfig) -> Schedule:
+    """The schedule of these settings for a model. The solvers of k-diffusion end without noise."""
+    spacing = usual_spacing(settings.solver, config) if settings.spacing == "auto" else settings.spacing
+    return make_schedule(alphas_cumprod(config), settings.steps, spacing, settings.solver in K_DIFFUSION)
 
 
 @torch.no_grad()
@@ -303,143 +380,59 @@ def sample(
     settings: Sampling = Sampling(),
     first: int = 0,
     progress: Callable[[Iterable], Iterable] = iter,
+    images: Sequence[tuple[int, int]] | None = None,
+    init: Tensor | None = None,
     on_step: Callable[[SolverStep], object] | None = None,
 ) -> Tensor:
     """Draw a batch of images. Returns scaled latents (B,4,height/8,width/8), which `model.decode` turns into images.
 
-    context, negative (B,77,D); size (width, height), multiples of `model.config.multiple`; `first`: the number of the
-    batch's first image (see `starting_noise`). `on_step`: see `denoise`.
+    context, negative (B,77,D); size (width, height), multiples of `model.config.multiple`; hints of another size are
+    brought to it. `first`: the number of the batch's first image, or `images`: the (seed, number) of each (see
+    `starting_noise`). init (B,4,height/8,width/8): scaled latents to start from. They get as much noise as the first of
+    the last `settings.denoise * settings.steps` steps expects, at least one, and only these steps are made. `on_step`:
+    see `denoise`.
     """
     width, height = size
     shape = (len(context), model.config.unet.in_channels, height // model.vae.factor, width // model.vae.factor)
-    x, generators = starting_noise(shape, settings.seed, first)
+    x, generators = starting_noise(shape, settings.seed, first, images)
     scale = model.config.guidance if settings.scale is None else settings.scale
+    controls = [dataclasses.replace(control, hint=fit_hint(control.hint, size)) for control in controls]
     eps_model = make_cfg_model(model, context, negative, controls, scale, settings.guess_mode)
+    schedule, x = schedule_for(settings, model.config), x.to(model.device)
+    if init is not None:
+        schedule = schedule[-1 - max(1, round(settings.denoise * settings.steps)) :]
+        x = q_sample(init.to(x), x, torch.full((len(x),), schedule[0][1], device=x.device))
     return denoise(
-        settings.solver, eps_model, x.to(model.device), settings.steps, alphas_cumprod(model.config), settings.eta,
-        generators, progress, model.config.zero_terminal_snr, on_step,
+        settings.solver, eps_model, x, settings.steps, eta=settings.eta, generators=generators, progress=progress,
+        schedule=schedule, on_step=on_step,
     )  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------------------------------- CLI
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Draw images with a trained ControlNet (or with a Stable Diffusion model alone).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add, count, fraction = parser.add_argument, number(int, 1), number(float, 0, 1)
-    add("--model", required=True, help="folder of a training run, Stable Diffusion file, or diffusers folder")
-    add("--base", default="", help="with a run: another base model than its own, or where that is now")
-    add("--control", default="", help="with a Stable Diffusion file: file or folder of a ControlNet")
-    add("--vae", default="", help="file or folder of a VAE that replaces the model's")
-    add("--ema", action="store_true", help="use the moving average of the base's UNet (model_ema.*)")
-    add("--clip-skip", type=count, help="2 leaves out the last layer of the text encoder")
-    add("--prompt", required=True, help="what the images show")
-    add("--negative-prompt", default="", help="what guidance leads away from")
-    add("--hint", help="hint image (.png, .jpg, ...; .npy for other than 1, 3 or 4 channels); without it no control")
-    add("--num", type=count, default=4, help="number of images")
-    add("--batch-size", type=count, default=4, help="images drawn at once")
-    add("--steps", type=number(int, 1, 999), default=20, help="denoising steps")
-    add("--solver", choices=tuple(SOLVERS), default="ddim", help="dpm (DPM-Solver++ 2M) needs fewer steps")
-    add("--eta", type=fraction, default=0.0, help="fresh noise in each DDIM step: 0 none, 1 as much as DDPM")
-    add("--scale", type=number(float, 0), help="guidance scale, 1 for no guidance (default: the model's own, 9 for SD)")
-    add("--strength", type=number(float), default=1.0, help="factor of the ControlNet's residuals, 0 for no control")
-    add("--guess-mode", action="store_true", help="let the hint lead, with little or no prompt")
-    add("--control-start", type=fraction, default=0.0, help="fraction of the steps at which control begins")
-    add("--control-end", type=fraction, default=1.0, help="fraction of the steps at which control ends")
-    add("--only-mid-control", action=argparse.BooleanOptionalAction, default=None,
-        help="use the residual of the middle block alone (default: as the run was trained)")  # fmt: skip
-    add("--resolution", default="", help="size of the images, N or WxH (default: the hint's)")
-    add("--hint-resample", choices=tuple(data.RESAMPLE),
-        help="filter that resizes the hint; nearest is for label maps (default: as the run, or area)")  # fmt: skip
-    add("--hint-ground", choices=("auto", "black", "white"),
-        help="what a transparent hint is laid on (default: as the run, or where it can be seen)")  # fmt: skip
-    add("--hint-scale", type=number(float, 0),
-        help="value of the hint file that becomes white; 0: its format's largest (default: as the run)")  # fmt: skip
-    add("--prediction", choices=("auto", "eps", "v"), default="auto",
-        help="what the UNet predicts: v for SD 2.1 at 768 px, which auto judges by the weights")  # fmt: skip
-    add("--seed", type=int, default=0, help="equal seeds draw equal images")
-    add("--device", type=device, default=default_device(), help="device that computes: cuda, cuda:1, mps or cpu")
-    add("--precision", choices=tuple(PRECISIONS), default="fp32", help="number format of weights and computation")
-    add("--out", default="samples", help="folder for 0000.png, ... and grid.png")
-    return parser.parse_args(argv)
+def fit_hint(hint: Tensor, size: tuple[int, int]) -> Tensor:
+    """The hint (B,C,H,W), scaled by area to cover `size` (width, height); the same middle is cut out of all."""
+    if hint.shape[-1:-3:-1] == tuple(size):
+        return hint
+    arrays = hint.float().cpu().permute(0, 2, 3, 1).numpy()
+    fitted = [data.to_tensor(data.resize(array, size, data.RESAMPLE["area"])) for array in arrays]
+    return torch.stack(fitted).to(hint)
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    run = load_run(args.model) if is_run(args.model) else {}
-    model = load_model(
-        ModelSource(
-            args.model, base=args.base, control=args.control, vae=args.vae, ema=args.ema, prediction=args.prediction,
-            clip_skip=args.clip_skip,
-        )
-    )  # fmt: skip
-    use_tf32(args.precision == "tf32")
-    disable_malloc_trim()
-    model.to(args.device, compute_dtype_for(args.precision, args.device))
-    hint = None
-    if args.hint:
-        if model.control_model is None:
-            raise CheckpointError(f"{args.model}: has no ControlNet, so a hint has no effect; --control FILE gives one")
-        channels, resample = model.control_model.hint_channels, args.hint_resample or run.get("hint_resample", "area")
-        hint = data.read_image(
-            args.hint, channels, ground=args.hint_ground or run.get("hint_ground", "auto"),
-            scale=run.get("hint_scale", 0.0) if args.hint_scale is None else args.hint_scale,
-            class_numbers=channels == 1 and resample == "nearest",
-        )  # fmt: skip
-        if args.only_mid_control is not None:
-            model.control_model.only_mid_control = args.only_mid_control
-    for flag, prompt in (("--prompt", args.prompt), ("--negative-prompt", args.negative_prompt)):
-        (count,) = model.tokenizer.count([prompt])
-        if count > MAX_TOKENS - 2:
-            print(f"{flag} has {count} tokens; the text encoder reads {MAX_TOKENS - 2}, the rest is cut off")
-    native = hint.shape[1::-1] if hint is not None else (model.config.resolution,) * 2
-    size = data.choose_size(args.resolution, native, model.config.multiple)
-    if hint is not None:
-        if not data.same_aspect(native, size):
-            shapes = f"{native[0]}x{native[1]}, the images {size[0]}x{size[1]}"
-            print(f"{args.hint}: is {shapes}: {data.fraction_cut(native, size):.0%} of the hint is cut off")
-        hint = data.resize(hint, size, data.RESAMPLE[resample])
-        hint = data.to_tensor(hint.astype(np.float32) / 255)
-    images = draw(args, model, hint, size)
-    columns = {"hint": [hint_image(hint)]} if hint is not None else {}
-    save_grid(Path(args.out) / "grid.png", columns | {f"{i:04d}": [im] for i, im in enumerate(images)}, [args.prompt])
-    print(f"{len(images)} image{'s' * (len(images) != 1)} and grid.png in {args.out}")
+# ------------------------------------------------------------------------------------------------------ command line
+def parse(argv: Sequence[str] | None = None) -> Any:
+    """What the command line asks for, a `drawing.request.Request`."""
+    from drawing.request import parse
+
+    return parse(argv)
 
 
-@torch.no_grad()
-def draw(args: argparse.Namespace, model: ControlLDM, hint: Tensor | None, size: tuple[int, int]) -> list[np.ndarray]:
-    """Draw the images that the command line asks for and save each when it is finished. hint (C,H,W) in [0,1]."""
-    out, images = Path(args.out), []
-    out.mkdir(parents=True, exist_ok=True)
-    settings = Sampling(args.steps, args.solver, args.eta, args.scale, args.guess_mode, args.seed)
-    context, negative = model.encode_prompts([args.prompt, args.negative_prompt]).split(1)
-    with tqdm(total=args.num * args.steps, desc="drawing", unit="step", disable=None) as bar:
-        for first in range(0, args.num, args.batch_size):
-            count = min(args.batch_size, args.num - first)
-            each = lambda x: x.expand(count, *x.shape[1:])  # noqa: B023
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw what the command line asks for (see `drawing.command`)."""
+    from drawing.command import main
 
-            def progress(steps: Iterable) -> Iterable:
-                for step in steps:
-                    yield step
-                    bar.update(count)  # noqa: B023
-
-            controls = []
-            if hint is not None:
-                batch_hint = each(hint[None].to(model.device))
-                controls = [
-                    Control(model.control_model, batch_hint, args.strength, args.control_start, args.control_end)
-                ]
-            latents = sample(model, each(context), each(negative), controls, size, settings, first, progress)
-            for i, image in enumerate(to_uint8(model.decode(latents)), first):
-                save_picture(out / f"{i:04d}.png", image)
-                images.append(image)
-    return images
+    main(argv)
 
 
 if __name__ == "__main__":
-    protect_output()
-    try:
-        main()
-    except (ValueError, OSError) as e:  # a bad input: one line, no traceback
-        sys.exit(f"sampler.py: {data.one_line(e)}")
+    from drawing.command import run_command
+
+    sys.exit(run_command())

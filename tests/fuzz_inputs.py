@@ -224,11 +224,14 @@ def flag_commands(folder: Path) -> dict[str, tuple[Callable, tuple[str, ...], li
     fresh[fresh.index("--out") + 1] = out
     model = ["--model", run, "--hint", str(folder / "data" / "source" / "3.png"), "--prompt", "x", "--resolution", "32",
              "--steps", "1", "--num", "1", "--out", out, "--device", "cpu"]  # fmt: skip
+    several = ["--model", run, "--hints", str(folder / "data"), "--control", run, "--hints", str(folder / "data"),
+               "--resolution", "32", "--steps", "1", "--out", out, "--device", "cpu"]  # fmt: skip
     return {
         "flags of train.py": (train.main, (), fresh),
         "flags of train.py --resume": (train.main, (), ["--resume", run, "--steps", "3"]),
         "flags of train.py --plan": (train.main, (), [*fresh, "--plan"]),
         "flags of sampler.py": (sampler.main, (), model),
+        "flags of sampler.py --hints": (sampler.main, (), several),
         "flags of merge.py attach": (merge.main, ("attach",), [base, out + ".ckpt"]),
         "flags of merge.py extract": (merge.main, ("extract",), [run, out + ".ckpt"]),
         "flags of merge.py export": (merge.main, ("export",), [run, out]),

@@ -7,6 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+import drawing.draw
+import drawing.loading
 import sampler
 from ldm import SD15, TINY, ControlLDM
 from sampler import Control, Sampling
@@ -179,12 +181,17 @@ def test_a_hint_is_read_as_the_run_read_its_hints_and_what_is_cut_is_told(base, 
     ink[10:20, :, 1] = 255
     Image.fromarray(ink).save(tmp_path / "ink.png")
     Image.fromarray(np.full((64, 64), 8000, np.uint16)).save(tmp_path / "depth.png")
-    monkeypatch.setattr(sampler, "draw", lambda args, model, hint, size: seen.append(hint) or [])
-    monkeypatch.setattr(sampler, "save_grid", lambda *_: None)
-    monkeypatch.setattr(sampler, "is_run", lambda path: True)
+
+    def sample(model, context, negative, controls, size, settings, **_):  # noqa: ANN001, ANN003, ANN202
+        seen.append(controls[0].hint[0])
+        return torch.zeros(len(context), 4, size[1] // 8, size[0] // 8)
+
+    monkeypatch.setattr(drawing.draw, "sample", sample)
+    monkeypatch.setattr(drawing.loading, "is_run", lambda path: True)
     settings = {}
-    monkeypatch.setattr(sampler, "load_run", lambda path: settings)
-    args = ["--model", str(run), "--prompt", "red circle", "--hint"]
+    monkeypatch.setattr(drawing.loading, "load_run", lambda path: settings)
+    out = ["--out", str(tmp_path / "out"), "--num", "1"]
+    args = ["--model", str(run), "--prompt", "red circle", *out, "--hint"]
     sampler.main([*args, str(tmp_path / "ink.png"), "--resolution", "32"])
     assert "ink.png: is 64x32, the images 32x32: 50% of the hint is cut off" in capsys.readouterr().out
     assert seen[-1][0, 0, 0] == 1 and seen[-1][0, 15, 0] == 0
