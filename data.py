@@ -15,6 +15,7 @@ ControlNet tutorial. Further keys of an item (a class number, say) go through to
 
     python data.py show DIR 1234       print the length, one pair's prompt and shapes, and save the pair as a picture
     python data.py check DIR           report every problem of every row at once
+    python data.py hints PHOTOS DIR --kind canny    make photos a data set: see training/photos.py
 """
 
 import argparse
@@ -33,7 +34,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from training import images, verify
+from training import images, photos, verify
 from training.console import protect_output
 from training.images import MAX_MEGAPIXELS, RESAMPLE, DataError, Reading, Size, one_line, read_bytes, resize
 from training.images import fraction_cut as fraction_cut
@@ -424,11 +425,12 @@ def check(root: str, **settings: Any) -> tuple[int, list[str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Look at one pair of a data set, or check all pairs.")
+    parser = argparse.ArgumentParser(description="Look at one pair of a data set, check all, or make one of photos.")
     commands = parser.add_subparsers(dest="command", required=True)
     folder = f"the data set: a folder with {' or '.join(LAYOUTS)}"
     show_parser = commands.add_parser("show", help="print one pair's prompt and shapes, and save the pair as a picture")
     check_parser = commands.add_parser("check", help="read every row and report all problems; exit status 1 if any")
+    photos.add_arguments(commands.add_parser("hints", help="make a folder of photos a data set of hints and photos"))
     for p in (show_parser, check_parser):
         p.add_argument("dir", help=folder)
         p.add_argument("--follow-links", action="store_true", help="follow links that lead out of the folder")
@@ -442,6 +444,8 @@ def main(argv: list[str] | None = None) -> int:
     add("number", nargs="?", type=int, default=0, help="number of the pair, counted from 0 (default 0)")
     add("--out", default="pair.png", help="picture file for hint and target side by side (default pair.png)")
     args = parser.parse_args(argv)
+    if args.command == "hints":
+        return photos.run(args, None if args.size == "0" else parse_resolution(args.size))
     if not (args.max_megapixels > 0 and 0 <= args.hint_scale < float("inf")):
         parser.error("--max-megapixels must be above 0, --hint-scale at least 0")
     settings = dict(hint_scale=args.hint_scale, follow_links=args.follow_links, max_megapixels=args.max_megapixels)

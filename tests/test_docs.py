@@ -125,7 +125,7 @@ def test_the_example_of_a_data_set_class():
 COMMANDS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "train.py": (config.parse, ("",)),
     "sampler.py": (sampler.parse, ("",)),
-    "data.py": (data.main, ("show", "check")),
+    "data.py": (data.main, ("show", "check", "hints")),
     "play.py": (play.parse, ("",)),
     "merge.py": (merge.parse, ("attach", "extract", "transfer", "export", "info")),
     "bench.py": (bench.parse, ("step", "sample", "memory", "data")),

@@ -128,6 +128,12 @@ def _formats() -> list[str]:
     return [name for name in Image.ID if name not in ("EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5")]
 
 
+@lru_cache(maxsize=1)
+def endings() -> frozenset[str]:
+    """The endings of picture files that are read, with their dots, in small letters."""
+    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in _formats())
+
+
 @contextlib.contextmanager
 def _opened(content: bytes | Path, max_pixels: float) -> Iterator[Image.Image]:
     """The picture in `content`, not decoded yet. Pillow's own bound on the size, a global, is replaced by ours."""
@@ -309,6 +315,15 @@ def size_on_disk(path: Path, max_pixels: float = MAX_MEGAPIXELS * 1e6) -> Size:
         with _opened(path, max_pixels) as image:
             quarter_turn = image.getexif().get(0x0112, 1) >= 5  # the camera's orientation tag
             return image.size[::-1] if quarter_turn else image.size
+
+
+def is_plain(path: Path, content: bytes, max_pixels: float = MAX_MEGAPIXELS * 1e6) -> bool:
+    """Whether every program reads the `content` of a file alike: a JPEG or PNG, with the ending of its format, RGB or
+    gray in 8 bits, opaque, and not turned by an orientation tag. Raises DataError for what is no picture."""
+    with _naming(path), _opened(content, max_pixels) as image:
+        named = Image.registered_extensions().get(path.suffix.lower())
+        opaque = image.mode in ("L", "RGB") and "transparency" not in image.info and "16" not in _raw_mode(image)
+        return opaque and image.format == named and named in ("JPEG", "PNG") and image.getexif().get(0x0112, 1) == 1
 
 
 # --------------------------------------------------------------------------------------------------------------- saving
