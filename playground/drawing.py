@@ -25,6 +25,7 @@ from playground.request import ControlChoice, Drawing
 from sampler import Control, Sampling, SolverStep, sample
 from training.images import MODES
 from training.records import to_uint8
+from weights.runs import is_run
 
 PREVIEW_SIDE = 384  # pixels of the longer side of a picture that forms
 PREVIEW_SHARE = 0.2  # of the time that goes into such pictures
@@ -67,7 +68,9 @@ def draw(loaded: LoadedModel, order: Order, show: Show) -> None:
     """Draw all pictures of an order, and show each step and each picture. What `show` raises ends the drawing."""
     model, drawing = loaded.model, order.drawing
     context, negative = model.encode_prompts([drawing.prompt, drawing.negative]).split(1)
-    settings = Sampling(drawing.steps, drawing.solver, 0.0, drawing.scale, drawing.guess_mode, drawing.seed)
+    settings = Sampling(
+        drawing.steps, drawing.solver, scale=drawing.scale, seed=drawing.seed, spacing=drawing.spacing
+    )  # fmt: skip
     hints = [data.to_tensor(hint.astype(np.float32) / 255)[None].to(model.device) for hint in order.hints]
     pictures = plan(drawing)
     progress = Progress(loaded, drawing.steps, len(pictures), show)
@@ -75,7 +78,7 @@ def draw(loaded: LoadedModel, order: Order, show: Show) -> None:
         progress.begin(i)
         strengths = strengths_of(drawing, strength)
         controls = [
-            Control(loaded.controls[choice.net].net, hint, strengths[k], choice.start, choice.end)
+            Control(loaded.controls[choice.net].net, hint, strengths[k], choice.start, choice.end, choice.guess_mode)
             for k, (choice, hint) in enumerate(zip(drawing.controls, hints, strict=True))
         ]
         latents = sample(model, context, negative, controls, drawing.size, settings, number, on_step=progress.step)
@@ -155,29 +158,30 @@ def data_uri(image: np.ndarray, form: str, side: int = 0) -> str:
 
 
 def command_line(loaded: LoadedModel, drawing: Drawing, number: int, strengths: list[float]) -> str:
-    """The command that draws picture `number` of a drawing again, as the last of its pictures, from the hints as
-    hint.png, hint-2.png, ..."""
+    """The command that draws picture `number` of a drawing again, from the hints as hint.png, hint-2.png, ..."""
     choices = loaded.choices
     words = ["python", "sampler.py", *flag("model", choices.model), *flag("base", choices.base)]
     words += [*flag("vae", choices.vae), *flag("precision", choices.precision, unless="fp32")]
     words += flag("device", choices.device, unless=default_device())
     words += [*flag("prompt", drawing.prompt, unless=None), *flag("negative-prompt", drawing.negative)]
     words += [*flag("seed", drawing.seed), *flag("steps", drawing.steps), *flag("solver", drawing.solver)]
-    words += [*flag("scale", drawing.scale, unless=None), *flag("num", number + 1), "--batch-size", "1"]
+    words += [*flag("scale", drawing.scale, unless=None), "--num", "1", *flag("first", number, unless=0)]
+    words += flag("spacing", drawing.spacing, unless="auto")
     words += flag("resolution", "x".join(map(str, drawing.size)))
+    own = choices.model if len(drawing.controls) == 1 or is_run(choices.model) else ""
     for i, choice in enumerate(drawing.controls):
-        words += control_flags(loaded, choice, i, strengths[i])
-        words += ["--guess-mode"] if drawing.guess_mode else []
+        words += control_flags(loaded, choice, i, strengths[i], own if i == 0 else "")
     return shlex.join(words)
 
 
-def control_flags(loaded: LoadedModel, choice: ControlChoice, place: int, strength: float) -> list[str]:
-    """The flags for the ControlNet at a `place` of a drawing. The first needs no --control where it is the model's."""
+def control_flags(loaded: LoadedModel, choice: ControlChoice, place: int, strength: float, own: str) -> list[str]:
+    """The flags for the ControlNet at a `place` of a drawing. `own`: the ControlNet that needs no --control."""
     path, channels = loaded.controls[choice.net].path, loaded.controls[choice.net].net.hint_channels
     hint = ("hint" if place == 0 else f"hint-{place + 1}") + (".png" if channels in MODES else ".npy")
-    words = flag("control", path, unless=loaded.choices.model if place == 0 else "")
+    words = flag("control", path, unless=own)
     words += [*flag("hint", hint), *flag("strength", strength, unless=None)]
-    return words + [*flag("control-start", choice.start, unless=0.0), *flag("control-end", choice.end, unless=1.0)]
+    words += [*flag("control-start", choice.start, unless=0.0), *flag("control-end", choice.end, unless=1.0)]
+    return words + ["--guess-mode"] * choice.guess_mode
 
 
 def flag(name: str, value: object, unless: object = "") -> list[str]:

@@ -17,6 +17,7 @@ from PIL import Image
 
 import data
 from training import images
+from training.annotators import ANNOTATORS, annotate
 from training.images import DataError, Reading, Size
 from training.validation import held_out
 
@@ -51,6 +52,30 @@ def fit_hint(array: np.ndarray, resample: str, size: Size) -> np.ndarray:
     if size[0] * size[1] * array.shape[2] > 4 * MAX_PIXELS:
         raise RequestError(f"A hint of {size[0]}x{size[1]} with {array.shape[2]} channels is too large for this page.")
     return data.resize(array, size, images.RESAMPLE[resample])
+
+
+def annotate_photo(content: bytes, kind: str, parameters: dict[str, float], channels: int, size: Size) -> np.ndarray:
+    """The hint (H,W,channels) uint8 that an annotator of `training.annotators` makes of the photo in the `content` of a
+    file, which is first brought to `size` (width, height), as for a data set. RequestError for an unknown annotator or
+    parameter, too."""
+    photo = data.resize(decode_hint(content, Reading(3, "white")), size, Image.Resampling.LANCZOS)
+    try:
+        hint = annotate(kind, photo, **parameters)
+    except DataError as e:
+        raise RequestError(f"The hint cannot be made: {images.one_line(e)[:300]}.") from e
+    if channels == 1 and hint.shape[2] == 3:
+        return np.asarray(Image.fromarray(hint).convert("L"))[..., None]
+    return hint.repeat(3, axis=2) if channels == 3 and hint.shape[2] == 1 else hint
+
+
+def describe_annotators() -> list[dict[str, Any]]:
+    """The annotators that the page offers, with their parameters."""
+    fields = lambda p: {"name": p.name, "default": p.default, "low": p.low, "high": p.high, "help": p.help}
+    whole = lambda p: {"whole": isinstance(p.default, int)}
+    return [
+        {"name": name, "help": made.help, "parameters": [fields(p) | whole(p) for p in made.parameters]}
+        for name, made in ANNOTATORS.items()
+    ]
 
 
 def _check_size(content: bytes) -> None:

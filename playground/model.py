@@ -8,10 +8,10 @@ import data
 from controlnet import ControlNet
 from ldm import ControlLDM, compute_dtype_for, use_tf32
 from lowvram.process import disable_malloc_trim
-from playground.hints import ValidationHints
-from sampler import SOLVERS
+from playground.hints import ValidationHints, describe_annotators
+from sampler import SOLVERS, SPACINGS
 from training.images import Reading, Size
-from weights import CheckpointError, ModelSource, load_model
+from weights import ModelSource, load_control, load_model
 from weights.runs import is_run, load_run
 
 DRAWABLE = (1, 3)  # channels of hints that can be drawn in a browser
@@ -62,6 +62,8 @@ class LoadedModel:
             "multiple": self.model.config.multiple,
             "guidance": self.model.config.guidance,
             "solvers": list(SOLVERS),
+            "spacings": ["auto", *SPACINGS],
+            "annotators": describe_annotators(),
             "controls": [
                 {
                     "name": control.path,
@@ -86,7 +88,7 @@ def load(choices: Choices) -> LoadedModel:
     joined, *others = ("", *choices.controls) if run or not choices.controls else choices.controls
     model = load_model(ModelSource(choices.model, base=choices.base, control=joined, vae=choices.vae))
     nets = [(joined or choices.model, model.control_model)] if model.control_model else []
-    nets += [(path, load_control(path, choices, run)) for path in others]
+    nets += [(path, load_control(path, model, choices.model)) for path in others]
     use_tf32(choices.precision == "tf32")
     disable_malloc_trim()
     dtype = compute_dtype_for(choices.precision, choices.device)
@@ -96,18 +98,6 @@ def load(choices: Choices) -> LoadedModel:
     controls = tuple(_offered(path, net) for path, net in nets)
     size = data.fit_size(size, model.config.multiple)
     return LoadedModel(choices, model, controls, ValidationHints(run), size)
-
-
-def load_control(path: str, choices: Choices, run: dict[str, Any]) -> ControlNet:
-    """A further ControlNet for the base of the model: of a file, a folder, or another run."""
-    if is_run(path):
-        source = ModelSource(path, base=choices.base)
-    else:
-        source = ModelSource(choices.base or run.get("base") or choices.model, control=path)
-    net = load_model(source).control_model
-    if net is None:
-        raise CheckpointError(f"{path}: has no ControlNet")
-    return net
 
 
 def _offered(path: str, net: ControlNet) -> OfferedControl:

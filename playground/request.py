@@ -13,7 +13,7 @@ from typing import Any
 
 import data
 from playground.hints import RequestError
-from sampler import SOLVERS
+from sampler import SOLVERS, SPACINGS
 from training.images import Size
 
 MAX_TEXT = 4000  # characters of a prompt
@@ -31,6 +31,7 @@ class ControlChoice:
     strength: float = 1.0
     start: float = 0.0
     end: float = 1.0
+    guess_mode: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Drawing:
     steps: int = 20
     solver: str = "ddim"
     scale: float | None = None  # guidance; None: the model's own
-    guess_mode: bool = False
+    spacing: str = "auto"
     num: int = 1
     controls: tuple[ControlChoice, ...] = ()
     strengths: tuple[float, ...] = ()
@@ -55,9 +56,6 @@ def parse_drawing(fields: Any, multiple: int, nets: int) -> Drawing:
     `nets` ControlNets. Raises RequestError."""
     if not isinstance(fields, dict):
         raise RequestError("The request is no JSON object.")
-    solver = fields.get("solver", "ddim")
-    if not isinstance(solver, str) or solver not in SOLVERS:
-        raise RequestError(f"The solver should be one of {', '.join(SOLVERS)}.")
     listed = fields.get("controls", [])
     if not isinstance(listed, list) or len(listed) > MOST_CONTROLS:
         raise RequestError(f"At most {MOST_CONTROLS} ControlNets can be used at once.")
@@ -70,9 +68,9 @@ def parse_drawing(fields: Any, multiple: int, nets: int) -> Drawing:
         negative=text(fields, "negative", "negative prompt"),
         seed=whole(fields, "seed", 0, 0, MAX_SEED),
         steps=whole(fields, "steps", 20, 1, 999),
-        solver=solver,
+        solver=choice(fields, "solver", tuple(SOLVERS)),
         scale=None if fields.get("scale") is None else number(fields, "scale", 0.0, 0, 100),
-        guess_mode=fields.get("guess_mode") is True,
+        spacing=choice(fields, "spacing", ("auto", *SPACINGS)),
         num=whole(fields, "num", 1, 1, MOST_PICTURES),
         controls=tuple(parse_control(entry, nets) for entry in listed),
         strengths=tuple(number({"strength": value}, "strength", 1.0, -10, 10) for value in strengths),
@@ -92,7 +90,8 @@ def parse_control(entry: Any, nets: int) -> ControlChoice:
     if start > end:
         raise RequestError("Control should start before it ends.")
     net = whole(entry, "net", 0, 0, nets - 1)
-    return ControlChoice(net, parse_hint(entry.get("hint")), number(entry, "strength", 1.0, -10, 10), start, end)
+    strength, guess_mode = number(entry, "strength", 1.0, -10, 10), entry.get("guess_mode") is True
+    return ControlChoice(net, parse_hint(entry.get("hint")), strength, start, end, guess_mode)
 
 
 def parse_hint(value: Any) -> bytes:
@@ -117,6 +116,14 @@ def parse_size(value: Any, multiple: int) -> Size:
             f"Pictures of {size[0]}x{size[1]} are too large; {math.isqrt(MOST_PIXELS)} squared is the most."
         )
     return size
+
+
+def choice(fields: dict[str, Any], name: str, choices: tuple[str, ...]) -> str:
+    """One of `choices`, the first if nothing is chosen."""
+    value = fields.get(name, choices[0])
+    if not isinstance(value, str) or value not in choices:
+        raise RequestError(f"The {name} should be one of {', '.join(choices)}.")
+    return value
 
 
 def text(fields: dict[str, Any], name: str, label: str) -> str:

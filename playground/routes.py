@@ -3,7 +3,8 @@
     GET  /                      the page, one file
     GET  /api/model             the model, its ControlNets, its defaults, the hints of its validation set
     GET  /api/hint?number=N     a hint of the validation set as PNG
-    POST /api/hint              the content of an image file -> the hint that it becomes, as PNG
+    POST /api/hint              the content of an image file -> the hint that it becomes, as PNG; with kind=canny (and
+                                its parameters) the hint that an annotator makes of the file's photo
     POST /api/draw              a drawing as JSON -> lines of JSON as they happen: place in the line, steps, pictures
 
 A drawing lives as long as its connection. A browser that is closed, or that cancels, ends it.
@@ -14,12 +15,13 @@ from pathlib import Path
 
 import data
 from playground.drawing import draw, prepare
-from playground.hints import RequestError, decode_hint, fit_hint, to_png
+from playground.hints import RequestError, annotate_photo, decode_hint, fit_hint, to_png
 from playground.jobs import Event, Job, Line
-from playground.model import LoadedModel
+from playground.model import DRAWABLE, LoadedModel
 from playground.request import parse_drawing, parse_size
 from playground.server import BYTES, Handler, HTTPError
 from report.markup import content_policy
+from training.images import Reading
 
 PAGE = Path(__file__).with_name("page.html")
 HEARTBEAT = 1.0  # seconds after which a line is sent if nothing happens, which also tells whether the browser is there
@@ -64,10 +66,15 @@ class Routes:
         if not place.isdigit() or len(place) > 3 or int(place) >= len(self.loaded.controls):
             raise RequestError("There is no such ControlNet.")
         control, size = self.loaded.controls[int(place)], self._size(request)
+        kind, channels = request.query.get("kind", ""), control.net.hint_channels
         with request.body(BYTES) as content:
-            native = decode_hint(content, control.reading)
+            native = decode_hint(content, Reading(3) if kind else control.reading)
+            if kind and channels in DRAWABLE:
+                hint = annotate_photo(content, kind, self._parameters(request), channels, size)
+            else:
+                hint = fit_hint(native, control.resample, size)
         cut = data.fraction_cut(native.shape[1::-1], size)
-        request.answer(to_png(fit_hint(native, control.resample, size)), "image/png", Fraction_Cut=f"{cut:.4f}")
+        request.answer(to_png(hint), "image/png", Fraction_Cut=f"{cut:.4f}")
 
     def post_draw(self, request: Handler) -> None:
         multiple, nets = self.loaded.model.config.multiple, len(self.loaded.controls)
@@ -80,6 +87,14 @@ class Routes:
                 request.write_line(event)
         finally:
             job.cancel()
+
+    def _parameters(self, request: Handler) -> dict[str, float]:
+        """The numbers of an annotator in the address of a request."""
+        given = {name: value for name, value in request.query.items() if name not in ("net", "size", "kind")}
+        try:
+            return {name: float(value) for name, value in given.items()}
+        except ValueError as e:
+            raise RequestError("The parameters of an annotator are numbers.") from e
 
     def _size(self, request: Handler) -> data.Size:
         return parse_size(request.query.get("size"), self.loaded.model.config.multiple)

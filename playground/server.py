@@ -170,7 +170,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.check()
                 place = urlsplit(self.path)
                 self.query = {
-                    name: values[0] for name, values in parse_qs(place.query[:1000], max_num_fields=8).items()
+                    name: values[0] for name, values in parse_qs(place.query[:1000], max_num_fields=16).items()
                 }
                 route = self.server.routes.get((method, place.path))
             except ValueError as e:

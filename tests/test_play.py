@@ -27,6 +27,7 @@ from playground.hints import RequestError, ValidationHints, read_hint
 from playground.jobs import Cancelled, Job, Line
 from playground.model import Choices, load
 from tests.playing import Page, circle, control, draw_request, drawing, npy, png, wait_until
+from training.annotators import ANNOTATORS, annotate
 from training.images import Reading
 from weights import CheckpointError, ModelSource, load_model
 from weights.writing import save_safetensors
@@ -38,8 +39,9 @@ ROOT = Path(__file__).parent.parent
 SAME = {
     "without control": drawing(negative="blue"),
     "several pictures": drawing(num=2, seed=7, controls=[control()]),
-    "solver, guidance, guess mode": drawing(solver="dpm", scale=1.5, guess_mode=True, controls=[control(strength=0.7)]),
+    "solver, guidance, guess mode": drawing(solver="dpm", scale=1.5, controls=[control(strength=0.7, guess_mode=True)]),
     "a part of the way": drawing(controls=[control(start=0.3, end=0.8)], size="96x64"),
+    "spacing": drawing(solver="euler_a", spacing="karras", steps=3, controls=[control()]),
     "compared": drawing(controls=[control()], strengths=[0, 0.5, -1]),
     "a prompt that looks like a flag": drawing(prompt="--seed 3 'x' $HOME", controls=[control()]),
 }
@@ -64,6 +66,18 @@ def test_the_page_draws_what_its_command_draws(page, tmp_path, monkeypatch, fiel
         assert np.array_equal(image, np.asarray(Image.open(drawn)))
         assert not any(np.array_equal(image, other) for other in seen)
         seen.append(image)
+
+
+def test_several_hints_are_drawn_as_their_command_draws_them(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    other = png(np.eye(64, dtype=np.uint8)[..., None].repeat(3, 2) * 255)
+    Path("hint.png").write_bytes(circle())
+    Path("hint-2.png").write_bytes(other)
+    controls = [control(end=0.9), control(other, strength=0.4, guess_mode=True)]
+    picture = page.post(drawing(controls=controls, num=2))[1][-2]
+    sampler.main([*shlex.split(picture["command"])[2:], "--out", "out"])
+    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture["image"].split(",")[1]))))
+    assert np.array_equal(image, np.asarray(Image.open("out/0001.png")))
 
 
 def test_a_picture_is_seen_while_it_forms(page):
@@ -147,6 +161,34 @@ def test_images_are_read_as_training_reads_them(page):
         assert status == 200 and got.shape == (64, 64, 3)
         assert np.array_equal(got, read_hint(content, Reading(3), "area", (64, 64)))
     assert got.std() > 50 and headers["Fraction-Cut"] == "0.5000"
+
+
+def test_photos_become_hints(page):
+    """Each annotator of the table, with its defaults and with numbers of the page."""
+    photo = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    described = page.routes.description["annotators"]
+    assert [entry["name"] for entry in described] == list(ANNOTATORS)
+    ask = lambda query: page.ask(
+        "POST", f"/api/hint?net=0&size=64&{query}", png(photo), Content_Type="application/octet-stream"
+    )
+    for entry in described:
+        numbers = {p["name"]: p["low"] + 1 for p in entry["parameters"]}
+        for given in ({}, numbers):
+            status, body, _ = ask("&".join([f"kind={entry['name']}", *(f"{k}={v}" for k, v in given.items())]))
+            truth = annotate(entry["name"], photo, **given)
+            assert status == 200 and np.array_equal(
+                np.asarray(Image.open(io.BytesIO(body))), truth.repeat(3 // truth.shape[2], 2)
+            )
+    for query in (
+        "kind=x",
+        "kind=canny&low=-1",
+        "kind=canny&low=a",
+        "kind=canny&low=nan",
+        "kind=blur&sigma=3",
+        "kind=canny&low=1e9",
+    ):
+        status, body, _ = ask(query)
+        assert status == 400 and json.loads(body)["error"].endswith(".")
 
 
 def test_hints_of_other_channels_are_files(base, tmp_path):

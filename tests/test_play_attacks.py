@@ -66,6 +66,7 @@ BAD_FIELDS = {
     **{f"scale {value!r}": drawing(scale=value) for value in (-1, 101, NAN, INF, "9", False)},
     **{f"num {value!r}": drawing(num=value) for value in (0, MOST_PICTURES + 1, "x")},
     **{f"solver {value!r}": drawing(solver=value) for value in ("euler9", None, 3, ["ddim"], "__class__")},
+    **{f"spacing {value!r}": drawing(spacing=value) for value in ("even", None, 3)},
     **{f"prompt {value!r}"[:30]: drawing(prompt=value) for value in (None, 3, ["a"], "a" * 4001)},
     **{f"controls {value!r}"[:40]: drawing(controls=value) for value in ({}, "x", [3], [{}], [control()] * 5, None)},
     **{f"net {value!r}": drawing(controls=[control(net=value)]) for value in (-1, 1, 0.5, "../model", None)},

@@ -179,6 +179,17 @@ def test_images_are_opened_dropped_and_chosen(tab, served, tmp_path):
     Image.new("RGB", (64, 32), "white").save(tmp_path / "wide.png")
     tab.send("DOM.setFileInputFiles", files=[str(tmp_path / "wide.png")], nodeId=field)
     tab.wait("document.getElementById('hint-note').textContent.startsWith('50% of the image was cut off')")
+    choose(tab, "kind", "sobel")
+    Image.linear_gradient("L").resize((32, 32)).save(tmp_path / "photo.png")
+    tab.send("DOM.setFileInputFiles", files=[str(tmp_path / "photo.png")], nodeId=field)
+    wait_until(lambda: 0 < canvas(tab).mean() < 100)
+    soft = canvas(tab)
+    tab.run("""(() => { const gain = document.querySelector("#parameters input");
+        gain.value = 12; gain.dispatchEvent(new Event("input")); })()""")
+    wait_until(lambda: canvas(tab).mean() > 2 * soft.mean())
+    tab.click("#undo")
+    assert canvas(tab).min() == 255  # a live preview is one step
+    choose(tab, "kind", "")
     tab.click("#clear")
     tab.run(f"""(() => {{
         const bytes = Uint8Array.from(atob("{base64.b64encode(circle(32)).decode()}"), (c) => c.charCodeAt(0));
