@@ -36,7 +36,7 @@ from PIL import Image
 from torch import Tensor
 
 from lowvram.process import disable_malloc_trim
-from training import images, layouts, report, verify
+from training import images, inspection, layouts, verify
 from training.console import protect_output
 from training.files import MAX_MEGAPIXELS, DataError, File, one_line, read_bytes
 from training.images import RESAMPLE, Reading, Size, resize
@@ -44,6 +44,7 @@ from training.images import fraction_cut as fraction_cut
 from training.images import read_image as read_image
 from training.images import same_aspect as same_aspect
 from training.images import save_hint as save_hint
+from training.inspection import show as show
 from training.layouts import LAYOUTS as LAYOUTS
 from training.layouts import Row as Row
 from training.layouts import find_list as find_list
@@ -51,7 +52,6 @@ from training.layouts import is_dataset as is_dataset
 from training.layouts import read_json_lines as read_json_lines
 from training.layouts import read_rows as read_rows
 from training.loading import load
-from training.report import show as show
 from training.rows import check_aspects, further_keys, keys_of_all
 
 
@@ -427,10 +427,10 @@ def check(
 ) -> tuple[int, list[str]]:
     """The number of rows of the data set `root` that can be parsed, and all problems of all rows, images included.
 
-    Prints the layout, and what is no problem but should be known. `workers`, `sheet`, `seed`: see `report.check`.
+    Prints the layout, and what is no problem but should be known. `workers`, `sheet`, `seed`: see `inspection.check`.
     `settings`: of FolderDataset.
     """
-    return report.check(FolderDataset(root, hint_channels=None, strict=False, **settings), workers, sheet, seed)
+    return inspection.check(FolderDataset(root, hint_channels=None, strict=False, **settings), workers, sheet, seed)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -458,7 +458,7 @@ def main(argv: list[str] | None = None) -> int:
     names = ("hint_scale", "follow_links", "max_megapixels", "hints", "columns")
     settings = {name: getattr(args, name) for name in names}
     if args.command == "show":
-        report.show(FolderDataset(args.data, hint_channels=None, **settings), args.number, args.out)
+        inspection.show(FolderDataset(args.data, hint_channels=None, **settings), args.number, args.out)
         return 0
     disable_malloc_trim()  # images come and go: this halves the time
     rows, problems = check(args.data, verify.processes(True), args.sheet, abs(args.seed), **settings)
