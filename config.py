@@ -152,7 +152,12 @@ class Config:
     accumulate_grad_batches: int = setting(
         1, "optimization", "micro-batches in a step: 4 make the batch of a step 4 times as large", low=1
     )
+    optimizer: str = setting(
+        "adamw", "optimization", "muon: matrices and convolutions move by orthogonal updates, the rest by AdamW",
+        ("adamw", "muon"),
+    )  # fmt: skip
     learning_rate: float = setting(1e-5, "optimization", "learning rate of AdamW", low=0)
+    muon_rate: float = setting(0.02, "optimization", "learning rate of Muon, on the schedule of --learning-rate", low=0)
     warmup_steps: int = setting(0, "optimization", "steps over which the learning rate rises from 0", low=0)
     lr_steps: int = setting(
         0, "optimization", "steps over which the learning rate falls; 0: --steps, and on resume as before", low=0
@@ -282,7 +287,7 @@ DEMO = dict(
 # `base`, `vae`, `data`, `hints` and `columns` may be others on resume, for the same weights and the same rows.
 FIXED_ON_RESUME = (
     "resolution", "hint_channels", "hint_resample", "hint_ground", "hint_scale", "prediction", "control", "ema",
-    "clip_skip", "seed", "validation", "zero_terminal_snr",
+    "clip_skip", "seed", "validation", "zero_terminal_snr", "optimizer",
 )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from tqdm import tqdm
 import data
 from config import PRESETS, Config, resolve, validate
 from ldm import MODELS, PRECISIONS, ControlLDM, ModelConfig, compute_dtype_for
+from lowvram.muon import muon_flops
 from lowvram.offload import is_kept_on_cpu
 from lowvram.optimizer import AdamW
 from lowvram.process import GIB
@@ -223,14 +224,13 @@ def fake_step(trainer: Trainer, make_batch: Callable[[], dict[str, Tensor]], tra
 
 @torch.no_grad()
 def update_largest(optimizer: torch.optim.Optimizer) -> None:
-    """The optimizer's step as far as memory is concerned: our AdamW moves one parameter after the other, so the largest
-    one will do."""
-    if isinstance(optimizer, AdamW):
-        group = optimizer.param_groups[0]
+    """The optimizer's step as far as memory is concerned: our optimizers move one parameter after the other, so the
+    largest one of each group will do."""
+    if not isinstance(optimizer, AdamW):
+        return optimizer.step()
+    for group in optimizer.param_groups:
         largest = max(group["params"], key=lambda p: p.numel())
         optimizer.update(largest, group["lr"], group["weight_decay"], group["betas"], group["eps"])
-    else:
-        optimizer.step()
 
 
 def peak_without_grad(function: Callable[[], Tensor], known: Mapping[str, Iterable[Tensor]]) -> Peak:
@@ -378,6 +378,12 @@ def plan(config: Config, vram: float | None = None, rate: float | None = None) -
     lines.append(
         f"arithmetic            {per_image * images / 1e12:6.2f} TFLOP a step, {per_image / 1e12:.2f} an image"
     )
+    if config.optimizer == "muon":
+        orthogonal = muon_flops(trained_shapes(config, model_config))
+        lines.append(
+            f"                      {orthogonal / 1e12:6.2f} TFLOP more a step for Muon's orthogonal updates, "
+            f"{orthogonal / per_image / images:.0%} of it"
+        )
     if config.cache and data.is_dataset(config.data, config.hints):
         disk = sum(cache_size(config, model_config, size))
         lines.append(f"disk, cache           {disk / GIB:6.2f} GiB in {config.cache_dir}")
@@ -391,6 +397,12 @@ def plan(config: Config, vram: float | None = None, rate: float | None = None) -
         if not fits:
             lines.append("    a smaller --resolution or --batch-size 1 (with --accumulate-grad-batches) takes less")
     return "\n".join(lines)
+
+
+def trained_shapes(config: Config, model_config: ModelConfig) -> list[torch.Size]:
+    """The shapes of the parameters that train."""
+    with torch.device("meta"):
+        return [p.shape for p in select_trainable(ControlLDM(model_config, config.hint_channels), config).values()]
 
 
 def cpu_memory(config: Config, model_config: ModelConfig) -> int:

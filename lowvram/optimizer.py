@@ -15,7 +15,7 @@ right.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,10 +120,14 @@ class AdamW(torch.optim.Optimizer):
                 if p.grad is not None:
                     self.update(p, **{k: group[k] for k in ("lr", "weight_decay", "betas", "eps")})
 
+    def moments_of(self, p: Tensor) -> tuple[str, ...]:
+        """The names of the moments that are kept of a parameter."""
+        return tuple(MOMENTS)
+
     def init_state(self, p: nn.Parameter) -> None:
         """Give a parameter that has no state yet that of step 0."""
         if not self.state[p]:
-            self.state[p] |= {"step": 0} | zero_moments(p.numel(), p.device, self.bits)
+            self.state[p] |= {"step": 0} | zero_moments(p.numel(), p.device, self.bits, self.moments_of(p))
 
     def update(self, p: nn.Parameter, lr: float, weight_decay: float, betas: tuple[float, float], eps: float) -> None:
         """Move one parameter along its gradient, in place."""
@@ -172,13 +176,15 @@ def make_generator(device: torch.device, *key: object) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def zero_moments(count: int, device: torch.device, bits: int) -> dict[str, Tensor]:
+def zero_moments(
+    count: int, device: torch.device, bits: int, names: Sequence[str] = tuple(MOMENTS)
+) -> dict[str, Tensor]:
     """The moments of `count` numbers before the first step: fp32, bfloat16 if `bits` is 16, codes and scales if 8."""
     if bits != 8 or count < MIN_QUANTIZED:
         dtype = torch.bfloat16 if bits == 16 and count >= MIN_QUANTIZED else torch.float32
-        return {name: torch.zeros(count, dtype=dtype, device=device) for name in MOMENTS}
-    codes = {f"{name}.bits": torch.zeros(count, dtype=kept.dtype, device=device) for name, kept in MOMENTS.items()}
-    return codes | {f"{name}.scale": torch.zeros(-(-count // BLOCK_SIZE), device=device) for name in MOMENTS}
+        return {name: torch.zeros(count, dtype=dtype, device=device) for name in names}
+    codes = {f"{name}.bits": torch.zeros(count, dtype=MOMENTS[name].dtype, device=device) for name in names}
+    return codes | {f"{name}.scale": torch.zeros(-(-count // BLOCK_SIZE), device=device) for name in names}
 
 
 def load_moment(state: Mapping[str, Tensor], name: str, piece: slice) -> Tensor:
@@ -216,8 +222,9 @@ def convert_state(saved: Mapping[str, Tensor], p: Tensor, optimizer: torch.optim
         fp32 = {name: load_moment(saved, name, whole).view(p.shape) for name in MOMENTS}
         fp32 = {name: torch.empty_like(p, dtype=torch.float32).copy_(moment) for name, moment in fp32.items()}
         return {"step": saved["step"].reshape(()).clone()} | fp32
-    state = zero_moments(p.numel(), p.device, optimizer.bits)
-    for name in MOMENTS:
+    names = optimizer.moments_of(p)
+    state = zero_moments(p.numel(), p.device, optimizer.bits, names)
+    for name in names:
         if name in state:
             state[name].copy_(load_moment(saved, name, whole))
         elif name in saved:

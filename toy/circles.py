@@ -11,6 +11,7 @@ arXiv:2302.05543).
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import sys
@@ -78,15 +79,36 @@ class Circle:
         """The mask of the pixels whose centers lie inside the circle: (size,size) bool."""
         return self.distance(size) < 0
 
-    def draw(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Hint and target, (size,size,3) uint8, anti-aliased; the hint's outline is as thin as Fill50K's (5 of 512
-        pixels)."""
-        distance = self.distance(size)
-        outline = np.clip(max(1.25, size / 100) / 2 - np.abs(distance) + 0.5, 0, 1)
-        inside = np.clip(0.5 - distance, 0, 1)[..., None]
-        target = inside * COLORS[self.color] + (1 - inside) * COLORS[self.background]
-        hint = np.repeat(outline[..., None] * 255, 3, axis=2)
+    def draw(self, size: int, kind: str = "outline") -> tuple[np.ndarray, np.ndarray]:
+        """Hint and target, (size,size,3) uint8, anti-aliased. `kind` of the hint: a key of HINTS."""
+        inside = np.clip(0.5 - self.distance(size), 0, 1)
+        target = inside[..., None] * COLORS[self.color] + (1 - inside[..., None]) * COLORS[self.background]
+        hint = np.repeat(HINTS[kind](self, size)[..., None] * 255, 3, axis=2)
         return hint.round().astype(np.uint8), target.round().astype(np.uint8)
+
+
+def outline(circle: Circle, size: int) -> np.ndarray:
+    """A thin line around the disc, as thin as Fill50K's (5 of 512 pixels): (size,size) in [0,1]."""
+    return np.clip(max(1.25, size / 100) / 2 - np.abs(circle.distance(size)) + 0.5, 0, 1)
+
+
+def layout(circle: Circle, size: int) -> np.ndarray:
+    """The part of each of 16 x 16 cells that the disc covers, as a gray: (size,size) in [0,1]."""
+    cell = -(-size // 16)
+    covered = np.clip(0.5 - circle.distance(16 * cell), 0, 1).reshape(16, cell, 16, cell).mean((1, 3))
+    return covered.repeat(cell, 0).repeat(cell, 1)[:size, :size]
+
+
+def keypoints(circle: Circle, size: int) -> np.ndarray:
+    """Dots at the disc's center and at the four ends of its axes, as far as they lie in the image: (size,size) in
+    [0,1]."""
+    offsets = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))
+    dots = [dataclasses.replace(circle, x=circle.x + circle.radius * dx, y=circle.y + circle.radius * dy, radius=0.02)
+            for dx, dy in offsets]  # fmt: skip
+    return np.max([np.clip(0.5 - dot.distance(size), 0, 1) for dot in dots], axis=0)
+
+
+HINTS = {"outline": outline, "layout": layout, "keypoints": keypoints}  # what a hint shows of a circle
 
 
 def random_circle(seed: int, index: int) -> Circle:
@@ -101,8 +123,8 @@ def random_circle(seed: int, index: int) -> Circle:
     return Circle(float(x), float(y), float(rng.uniform(0.12, 0.5)), str(color), str(background))
 
 
-def make(out: str | Path, count: int = 2000, size: int = 128, seed: int = 0) -> None:
-    """Write `count` triples of `size` x `size` pixels to the folder `out` in Fill50K's layout."""
+def make(out: str | Path, count: int = 2000, size: int = 128, seed: int = 0, kind: str = "outline") -> None:
+    """Write `count` triples of `size` x `size` pixels to the folder `out` in Fill50K's layout. `kind`: see HINTS."""
     out, rows_file, lines = Path(out), Path(out) / "prompt.json", []
     for side in ("source", "target"):
         (out / side).mkdir(parents=True, exist_ok=True)
@@ -110,7 +132,7 @@ def make(out: str | Path, count: int = 2000, size: int = 128, seed: int = 0) -> 
     for i in tqdm(range(count), desc=f"drawing {out}", unit="pair", disable=None):
         circle = random_circle(seed, i)
         names = [f"source/{i}.png", f"target/{i}.png"]
-        for name, image in zip(names, circle.draw(size), strict=True):
+        for name, image in zip(names, circle.draw(size, kind), strict=True):
             Image.fromarray(image).save(out / name, compress_level=1)
         lines.append(json.dumps({"source": names[0], "target": names[1], "prompt": circle.prompt}) + "\n")
     write_atomically(rows_file, lambda path: path.write_text("".join(lines)))  # last, when all images are there
@@ -176,11 +198,12 @@ def draw_all(
     size: int,
     steps: int,
     progress: Callable[[int], Any] = lambda count: None,
+    kind: str = "outline",
 ) -> list[np.ndarray]:
     """Draw an image (size,size,3) uint8 of each circle with the model's own guidance scale and seed 0.
 
-    The model gets the circle's prompt and, with `control`, its hint. `progress` is called with the number of images
-    that were finished since the last call.
+    The model gets the circle's prompt and, with `control`, its hint of a `kind` in HINTS. `progress` is called with the
+    number of images that were finished since the last call.
     """
     images, batch_size = [], 16
     for first in range(0, len(circles), batch_size):
@@ -188,7 +211,7 @@ def draw_all(
         context, negative = model.encode_prompts([c.prompt for c in batch]), model.encode_prompts([""])
         controls = []
         if control:
-            hint = torch.stack([data.to_tensor(c.draw(size)[0][..., :1] / np.float32(255)) for c in batch])
+            hint = torch.stack([data.to_tensor(c.draw(size, kind)[0][..., :1] / np.float32(255)) for c in batch])
             hint = hint.expand(-1, model.control_model.hint_channels, -1, -1).to(model.device)
             controls = [Control(model.control_model, hint)]
         negative = negative.expand_as(context)
@@ -198,7 +221,9 @@ def draw_all(
     return images
 
 
-def judge(run: str | Path, count: int = 64, steps: int = 20, device: str = "cpu") -> dict[str, float]:
+def judge(
+    run: str | Path, count: int = 64, steps: int = 20, device: str = "cpu", kind: str = "outline"
+) -> dict[str, float]:
     """Let a trained ControlNet draw `count` held-out circles, print how well it obeys, and return the figures.
 
     `iou` and `base_iou`: mean overlap with the hint's disc, with control and for the base model alone (same prompts and
@@ -212,8 +237,8 @@ def judge(run: str | Path, count: int = 64, steps: int = 20, device: str = "cpu"
     size = data.parse_resolution(settings.get("resolution", model.config.resolution))[0]
     circles = held_out(count)
     with tqdm(total=2 * count, desc="drawing", unit="image", disable=None) as bar:
-        base_images = draw_all(model, circles, False, size, steps, bar.update)
-        control_images = draw_all(model, circles, True, size, steps, bar.update)
+        base_images = draw_all(model, circles, False, size, steps, bar.update, kind)
+        control_images = draw_all(model, circles, True, size, steps, bar.update, kind)
     verdicts = [measure(image, circle) for image, circle in zip(control_images, circles, strict=True)]
     base_verdicts = [measure(image, circle) for image, circle in zip(base_images, circles, strict=True)]
     figures = {
@@ -228,7 +253,7 @@ def judge(run: str | Path, count: int = 64, steps: int = 20, device: str = "cpu"
     if is_run(run):
         shown = circles[:6]
         columns = {
-            "hint": [c.draw(size)[0] for c in shown],
+            "hint": [c.draw(size, kind)[0] for c in shown],
             "base alone": base_images[:6],
             "with control": control_images[:6],
             "ground truth": [c.draw(size)[1] for c in shown],
@@ -249,17 +274,19 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--count", type=number(int, 1, 1e9), default=2000, help="number of pairs")
     p.add_argument("--size", type=number(int, 16, 16384), default=128, help="side of the images in pixels")
     p.add_argument("--seed", type=number(int, 0), default=0, help="equal seeds make equal data sets")
+    p.add_argument("--hint", choices=tuple(HINTS), default="outline", help="what the hints show of a circle")
     p = commands.add_parser("judge", help="measure a run", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("run", help="folder of a training run")
     p.add_argument("--count", type=number(int, 1), default=64, help="number of held-out hints")
     p.add_argument("--steps", type=number(int, 1, 999), default=20, help="denoising steps")
     p.add_argument("--device", type=device, default=default_device(), help="device that computes")
+    p.add_argument("--hint", choices=tuple(HINTS), default="outline", help="what the hints show of a circle")
     args = parser.parse_args(argv)
     if args.command == "make":
-        make(args.out, args.count, args.size, args.seed)
+        make(args.out, args.count, args.size, args.seed, args.hint)
         print(f"{args.count} pairs of {args.size}x{args.size} in {args.out}")
     else:
-        judge(args.run, args.count, args.steps, args.device)
+        judge(args.run, args.count, args.steps, args.device, args.hint)
 
 
 if __name__ == "__main__":

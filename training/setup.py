@@ -5,7 +5,7 @@
     trained weights           trained_weights      precision       trained_weights; bf16 with optimizer_bits 16 or 8
     masters (optimizer)       trained weights themselves, or with optimizer_on_cpu float32 copies of them on the CPU
     latents, noise, loss      float32              float32
-    moments of AdamW          optimizer_bits (32, 16 or 8)
+    moments of the optimizer  optimizer_bits (32, 16 or 8)
 
 `precision` is float16 or bfloat16 where the GPU has instructions for it. Layers cast their own weights to the dtype of
 their input (`layers.py`), so autograd casts the gradient of a float32 weight back to float32 (Micikevicius et al. 2018,
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from config import Config
 from ldm import PRECISIONS, ControlLDM, compute_dtype_for
+from lowvram.muon import Muon
 from lowvram.offload import OptimizerInPlace, OptimizerOnCPU, is_fake, is_kept_on_cpu
 from lowvram.optimizer import AdamW
 from lowvram.streaming import BlockStreamer
@@ -116,7 +117,11 @@ def place_weights(config: Config, model: ControlLDM) -> None:
 
 
 def build_optimizer(config: Config, home: OptimizerInPlace | OptimizerOnCPU) -> torch.optim.Optimizer:
-    """AdamW over the masters: PyTorch's fused one where moments and weights are float32, otherwise our own."""
+    """The optimizer of the masters. AdamW is PyTorch's fused one where moments and weights are float32, otherwise our
+    own."""
+    if config.optimizer == "muon":
+        rates = config.learning_rate, config.muon_rate
+        return Muon(home.masters, *rates, config.weight_decay, config.optimizer_bits, config.seed)
     bf16_masters = config.trained_weights == "bf16" and not config.optimizer_on_cpu
     if config.optimizer_bits != 32 or bf16_masters:
         return AdamW(home.masters, config.learning_rate, config.weight_decay, config.optimizer_bits, config.seed)

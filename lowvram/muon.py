@@ -1,0 +1,103 @@
+"""Muon: momentum, made orthogonal. An optimizer for matrices, with AdamW for everything else.
+
+A gradient of a matrix has a few directions that are large and many that are small. Muon (Jordan et al. 2024,
+https://kellerjordan.github.io/posts/muon) keeps a moving average of the gradient, and replaces its singular values by
+ones: the update is the nearest (semi-)orthogonal matrix, which moves all directions alike. The small directions matter
+here: what the hint encoder and the zero convolutions learn at first is among them.
+
+    gradient --(1 - 0.95)--> exp_avg --Nesterov--> update U S V^T --Newton-Schulz--> ~ U V^T --rate--> weight
+
+The singular value decomposition is not computed. Five Newton-Schulz steps x <- a x + b (x x^T) x + c (x x^T)^2 x bring
+every singular value near 1 (to 0.7 .. 1.2) by products of matrices alone, for which bfloat16 suffices. A convolution is
+the matrix (out, in * height * width). Biases and norms' weights are vectors: AdamW moves them.
+
+A matrix keeps one moment instead of AdamW's two.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lowvram.optimizer import AdamW, load_moment, make_generator, round_stochastically, store_moment
+
+MOMENTUM = 0.95
+STEPS = 5
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c of the write-up: steep at 0, so that small singular values grow fast
+
+
+def orthogonalize(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(rows,columns) -> (rows,columns) `dtype`: the same singular vectors, with singular values between 0.7 and 1.2.
+
+    Computed in `dtype` by five Newton-Schulz steps. A matrix of zeros stays zero.
+    """
+    a, b, c = COEFFICIENTS
+    tall = matrix.shape[0] > matrix.shape[1]  # the smaller Gram matrix is the cheaper one
+    x = (matrix.T if tall else matrix).to(dtype)
+    x = x / x.norm().clamp(min=1e-7)  # now no singular value is above 1
+    for _ in range(STEPS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
+def iteration_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of the Newton-Schulz steps: bfloat16 on GPUs that know it, otherwise float32."""
+    known = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if known else torch.float32
+
+
+def is_matrix(p: Tensor) -> bool:
+    """Whether Muon moves `p`: a matrix, or a convolution, which is the matrix (out, in * height * width)."""
+    return p.ndim >= 2
+
+
+def muon_flops(shapes: list[torch.Size]) -> int:
+    """Floating-point operations with which one step makes updates of these shapes orthogonal."""
+    total = 0
+    for rows, columns in ((shape[0], shape[1:].numel()) for shape in shapes if len(shape) >= 2):
+        small, large = min(rows, columns), max(rows, columns)
+        total += STEPS * 2 * (2 * small * small * large + small**3)
+    return total
+
+
+class Muon(AdamW):
+    """Muon for the matrices among the parameters, `AdamW` for the others.
+
+    muon_rate: the learning rate of the matrices, multiplied by sqrt(max(1, rows / columns)); lr: that of the others.
+    Everything else as for AdamW: `bits` are those of the one moment, bfloat16 weights are rounded stochastically, and
+    random numbers are a function of (seed, step, name).
+    """
+
+    def __init__(
+        self, named: Mapping[str, nn.Parameter], lr: float, muon_rate: float, weight_decay: float = 0.01,
+        bits: int = 32, seed: int = 0,
+    ):  # fmt: skip
+        super().__init__(named, lr, weight_decay, bits, seed)
+        (group,) = self.param_groups
+        matrices = [p for p in group["params"] if is_matrix(p)]
+        group["params"] = [p for p in group["params"] if not is_matrix(p)]
+        group["initial_lr"] = lr
+        self.param_groups.append(group | {"params": matrices, "initial_lr": muon_rate, "lr": muon_rate})
+
+    def moments_of(self, p: Tensor) -> tuple[str, ...]:
+        return ("exp_avg",) if is_matrix(p) else super().moments_of(p)
+
+    def update(self, p: nn.Parameter, lr: float, weight_decay: float, betas: tuple[float, float], eps: float) -> None:
+        """Move one parameter along its gradient, in place."""
+        if not is_matrix(p):
+            return super().update(p, lr, weight_decay, betas, eps)
+        self.init_state(p)
+        state, whole = self.state[p], slice(0, p.numel())
+        step = state["step"] = int(state["step"]) + 1
+        gradient = p.grad.reshape(-1).float()
+        average = load_moment(state, "exp_avg", whole)
+        average.lerp_(gradient, 1 - MOMENTUM)
+        ahead = gradient.lerp(average, MOMENTUM)  # Nesterov: the average with the present gradient once more
+        store_moment(state, "exp_avg", whole, average)
+        direction = orthogonalize(ahead.view(len(p), -1), iteration_dtype(p.device)).float()
+        rate = lr * max(1, direction.shape[0] / direction.shape[1]) ** 0.5
+        moved = p.float().mul(1 - lr * weight_decay).sub_(direction.reshape(p.shape), alpha=rate)
+        if p.dtype == torch.bfloat16:
+            moved = round_stochastically(moved, make_generator(p.device, self.seed, step, self.names[id(p)]))
+        p.copy_(moved)

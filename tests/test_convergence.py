@@ -1,0 +1,105 @@
+"""The instrument that measures convergence: what its rows say, and that a run leaves what the table reads."""
+
+import dataclasses
+import json
+import xml.etree.ElementTree
+
+import numpy as np
+import pytest
+
+from toy import circles, convergence
+from toy.circles import HINTS, Circle
+
+
+@pytest.mark.parametrize(
+    ("gains", "level", "step"),
+    [
+        ([(0, 0.0), (10, 0.4), (20, 0.8)], 0.5, 12.5),
+        ([(0, 0.0), (10, 0.5), (20, 0.4)], 0.5, 10),
+        ([(0, 0.0), (10, 0.6), (20, 0.4), (30, 0.9)], 0.5, 10 * 0.5 / 0.6),
+        ([(0, 0.0), (10, 0.4)], 0.5, None),
+        ([], 0.5, None),
+    ],
+)
+def test_when_a_gain_was_reached(gains, level, step):
+    assert convergence.reached(gains, level) == (None if step is None else pytest.approx(step))
+
+
+def test_the_table_hides_no_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(convergence, "ROOT", tmp_path)
+    fine = dict(failed="", batch=8, flops=2e12, iou=0.9, colors=1.0)
+    outcomes = [
+        dict(name="demo", seed=0, gains=[(0, 0.0), (10, 0.6), (20, 0.85)], **fine),
+        dict(name="demo", seed=1, gains=[(0, 0.0), (10, 0.2), (20, 0.4)], **fine),
+        dict(name="demo", seed=2, gains=[(0, 0.0)], failed="the loss is not finite", batch=8, flops=2e12),
+        dict(name="rate-0.008", seed=0, gains=[], failed="the loss is not finite", batch=8, flops=2e12),
+    ]
+    for o in outcomes:
+        folder = tmp_path / "outline" / f"{o['name']}-{o['seed']}"
+        folder.mkdir(parents=True)
+        (folder / "outcome.json").write_text(json.dumps(o))
+    demo, rate = convergence.table("outline")[2:]
+    assert demo.startswith("| demo | 3 | 1 | 67 (67 to 67, 1 never) | 144 (144 to 144, 1 never) | never | 18")
+    assert "36.0 (36.0 to 36.0, 1 never) | 0.625 (0.400 to 0.850) | 0.900 (0.900 to 0.900)" in demo
+    assert rate == "| rate-0.008 | 1 | 1 | never | never | never | never | never | never | never | never |"
+
+
+def test_settings_keep_the_budget_and_scale_the_warm_up():
+    names = [name for group in convergence.GROUPS.values() for name in group]
+    assert len(names) == len(set(names))
+    demo = convergence.settings_of("demo", {}, "outline", 3)
+    large = convergence.settings_of("batch-32", dict(batch_size=32), "outline", 3)
+    assert demo.steps * demo.batch_size == large.steps * large.batch_size == convergence.BUDGET
+    assert (demo.warmup_steps, large.warmup_steps, demo.seed) == (20, 5, 3)
+    assert demo.logger_freq * 8 == large.logger_freq * 32 == 160
+    assert convergence.settings_of("x", dict(budget=800), "outline", 0).steps == 100
+
+
+def test_a_run_leaves_what_the_table_reads(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    circles.make("data/convergence/keypoints", 40, 32, kind="keypoints")
+    settings_of = convergence.settings_of
+    small = lambda *args: dataclasses.replace(settings_of(*args), resolution="32", batch_size=4, validation=4)  # noqa: E731
+    monkeypatch.setattr(convergence, "settings_of", small)
+    monkeypatch.setattr(convergence, "judge", lambda *args: {"iou": 0.5, "colors": 0.5})
+    monkeypatch.setattr(convergence.train, "Validation", convergence.Validation)  # put back what run_one replaces
+    changes = dict(optimizer="muon", hint_gain=2.0, budget=16)
+    outcome = convergence.run_one("muon-0.02", changes, "keypoints", 0, 4)
+    assert not outcome["failed"] and [step for step, _ in outcome["gains"]] == [0, 2]
+    lines = (tmp_path / "runs/convergence/keypoints/muon-0.02-0/gains.jsonl").read_text().splitlines()
+    samples = [json.loads(line)["samples"] for line in lines]
+    assert [len(rows) for rows in samples] == [16, 16]
+    for rows, (_, gain) in zip(samples, outcome["gains"], strict=True):
+        right, other = (sum(row[k] for row in rows) for k in (1, 2))
+        assert 1 - right / other == pytest.approx(gain, abs=1e-6)
+    assert convergence.table("keypoints")[2].startswith("| muon-0.02 | 1 | 0 |")
+
+
+def test_events_and_figure(monkeypatch, tmp_path):
+    monkeypatch.setattr(convergence, "ROOT", tmp_path)
+    run = tmp_path / "outline" / "demo-0"
+    run.mkdir(parents=True)
+    late = lambda step, jump: 1.0 if step < jump else 0.2
+    entries = [{"step": s, "samples": [(100, late(s, 30), 1.0), (700, late(s, 10), 1.0)]} for s in range(0, 50, 10)]
+    (run / "gains.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+    lines = convergence.events(run)
+    assert lines[2:5] == ["| 0 to 199 | 0.800 | 25 |", "| 600 to 799 | 0.800 | 5 |", "| all | 0.800 | 10 |"]
+    assert "between steps 5 and 25" in lines[-1]
+    outcome = dict(name="demo", seed=0, gains=[(0, 0.0), (100, 0.9)], failed="", batch=8)
+    (run / "outcome.json").write_text(json.dumps(outcome))
+    xml.etree.ElementTree.fromstring(convergence.figure("outline"))
+    assert ">711<" in convergence.figure("outline")  # 8 * 100 * 0.8 / 0.9
+
+
+def test_hints_show_the_circle():
+    circle = Circle(0.5, 0.5, 0.25, "red", "blue")
+    for kind in HINTS:
+        hint, target = circle.draw(64, kind)
+        assert hint.shape == target.shape == (64, 64, 3) and hint.dtype == np.uint8
+        assert np.array_equal(target, circle.draw(64)[1])
+    layout = circle.draw(64, "layout")[0][..., 0]
+    assert np.array_equal(layout[::4, ::4].repeat(4, 0).repeat(4, 1), layout)
+    assert layout.mean() / 255 == pytest.approx(np.pi * 0.25**2, abs=0.01)
+    dots = circle.draw(128, "keypoints")[0][..., 0]
+    centers = [(64, 64), (64, 96), (96, 64), (32, 64), (64, 32)]
+    assert all(dots[y, x] == 255 for x, y in centers) and 0 < (dots > 0).mean() < 0.02

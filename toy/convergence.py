@@ -1,0 +1,323 @@
+"""What brings the sudden convergence forward? A grid of settings and seeds on the tiny model, as a table and a figure.
+
+    python -m toy.convergence run batch muon --seeds 3       train every setting of these groups; done ones are skipped
+    python -m toy.convergence run all --task keypoints       the same on another kind of hint
+    python -m toy.convergence table                          the table of everything that was run, in Markdown
+    python -m toy.convergence figure docs/convergence.svg    the samples that each setting took to a control gain of 0.8
+    python -m toy.convergence events demo                    is the jump one event? (by timestep, by validation sample)
+
+Every run has the demo's settings but for what its row names, a budget of BUDGET samples, and the demo's learning rate
+schedule over these samples. The control gain is measured every 160 samples. A run is judged by the overlap of what it
+draws for held-out hints with the right discs. A run that fails counts as failed and stays in the table.
+
+    runs/convergence/TASK/SETTING-SEED/outcome.json          what the table reads
+    runs/convergence/TASK/SETTING-SEED/gains.jsonl           losses of each validation sample, at each measurement
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import train
+from config import DEMO, TINY_BASE, Config, number
+from ldm import TINY, ModelConfig
+from lowvram.estimate import flops, trained_shapes
+from lowvram.muon import muon_flops
+from toy import circles
+from training.records import read_metrics
+from training.validation import Validation
+from weights import load_model, load_state_dict
+from weights.writing import save_json, save_safetensors, write_atomically
+
+ROOT = Path("runs/convergence")
+BUDGET = 4800  # samples of a run: 600 steps of the demo's batch
+LEVELS = (0.5, 0.8, 0.9)  # of the control gain
+# Group -> setting -> what differs from the demo. `hint_gain` and `steps` are not settings of Config: see `settings_of`.
+GROUPS: dict[str, dict[str, dict[str, Any]]] = {
+    "demo": {"demo": {}},
+    "muon": {f"muon-{rate:g}": dict(optimizer="muon", muon_rate=rate) for rate in (0.005, 0.01, 0.02, 0.04)},
+    "muon-batch": {f"muon-batch-{n}": dict(optimizer="muon", batch_size=n) for n in (2, 4, 16)},
+    "muon-gain": {f"muon-hint-gain-{gain:g}": dict(optimizer="muon", hint_gain=gain) for gain in (1.0,)},
+    "muon-short": {f"muon-{n}-samples": dict(optimizer="muon", budget=n) for n in (1600, 2400, 3200)},
+    "batch": {f"batch-{n}": dict(batch_size=n) for n in (1, 2, 4, 16, 32)},
+    "batch-rate": {  # the rate grows with the root of the batch
+        f"batch-{n}-rate": dict(batch_size=n, learning_rate=2e-3 * (n / 8) ** 0.5) for n in (2, 4, 16, 32)
+    },
+    "rate": {f"rate-{rate:g}": dict(learning_rate=rate) for rate in (5e-4, 1e-3, 4e-3, 8e-3)},
+    "warm-up": {f"warm-up-{n}": dict(warmup_steps=n) for n in (0, 100)},
+    "schedule": {"constant": dict(lr_schedule="constant"), "linear": dict(lr_schedule="linear")},
+    "hint-gain": {f"hint-gain-{gain:g}": dict(hint_gain=gain) for gain in (1.0, 2.0, 4.0)},
+    "timesteps": {f"bias-{bias:g}": dict(timestep_bias=bias) for bias in (1.0, 0.7, 0.25)}
+    | {"random-timesteps": dict(even_timesteps=False)},
+    "loss": {"min-snr-5": dict(min_snr_gamma=5.0), "no-clipping": dict(clip_grad_norm=0.0)},
+    "dropout": {f"drop-prompt-{p:g}": dict(drop_prompt=p) for p in (0.0, 0.5)},
+    "average": {"ema-0.99": dict(ema_decay=0.99)},
+}  # fmt: skip
+
+
+class Recorder(Validation):
+    """Validation that also writes the loss of every sample, with the right hint and with another."""
+
+    def losses(self) -> tuple[float, float]:
+        seen, loss_fn = [], self.loss_fn
+
+        def recording(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            losses = loss_fn(model, batch)
+            seen.append((batch["timesteps"].tolist(), losses.tolist()))
+            return losses
+
+        self.loss_fn = recording
+        try:
+            result = super().losses()
+        finally:
+            self.loss_fn = loss_fn
+        # each batch is measured with the right hints, then with the others
+        chunk = -(-len(self.items) // self.trainer.config.batch_size)
+        halves = [[], []]
+        for k, (timesteps, losses) in enumerate(seen):
+            halves[k // chunk % 2] += zip(timesteps, losses, strict=True)
+        rows = [(t, right, other) for (t, right), (_, other) in zip(*halves, strict=True)]
+        with open(self.run_folder.path / "gains.jsonl", "a") as file:
+            file.write(json.dumps({"step": self.trainer.step, "samples": rows}) + "\n")
+        return result
+
+
+def settings_of(name: str, changes: dict[str, Any], task: str, seed: int) -> Config:
+    """The configuration of a run: the demo's, the `changes`, and as many steps as the budget of samples allows."""
+    changes = dict(changes)
+    budget, gain = changes.pop("budget", BUDGET), changes.pop("hint_gain", None)
+    base = str(TINY_BASE) if gain is None else str(base_with_gain(gain))
+    batch = changes.get("batch_size", DEMO["batch_size"])
+    steps = budget // batch
+    warm_up = changes.pop("warmup_steps", DEMO["warmup_steps"]) * DEMO["batch_size"] // batch
+    own = dict(
+        base=base, data=f"data/convergence/{task}", out=str(ROOT / task / f"{name}-{seed}"), steps=steps, seed=seed,
+        warmup_steps=warm_up, logger_freq=max(1, 160 // batch), checkpoint_freq=steps, log_images=1, log_steps=1,
+        device="cpu",
+    )  # fmt: skip
+    return Config(**(DEMO | own | changes))
+
+
+def base_with_gain(gain: float) -> Path:
+    """The tiny base, whose new ControlNets get this `hint_gain`."""
+    path = ROOT / f"base-gain-{gain:g}.safetensors"
+    if not path.exists():
+        config: ModelConfig = dataclasses.replace(TINY, hint_gain=gain)
+        save_safetensors(path, load_state_dict(TINY_BASE), {"config": config.to_json()})
+    return path
+
+
+def run_one(name: str, changes: dict[str, Any], task: str, seed: int, count: int) -> dict[str, Any]:
+    """Train and judge one run, and write its outcome. `count`: held-out hints to judge by."""
+    config = settings_of(name, changes, task, seed)
+    folder, failed = Path(config.out), ""
+    (folder / "gains.jsonl").unlink(missing_ok=True)
+    train.Validation = Recorder
+    try:
+        train.train(config, overwrite=True)
+    except (ValueError, OSError) as e:
+        failed = str(e)
+    entries = read_metrics(folder)
+    if entries and entries[-1]["step"] < config.steps and "in a row" not in failed:
+        sys.exit(
+            f"{folder}: stopped at step {entries[-1]['step']}; the same command goes on with this run from its start"
+        )
+    outcome = {
+        "name": name, "task": task, "seed": seed, "changes": changes, "failed": failed, "batch": config.batch_size,
+        "steps": config.steps, "flops": flops_of(config), "threads": torch.get_num_threads(),
+        "gains": [(e["step"], e["control_gain"]) for e in entries if "control_gain" in e],
+        "seconds": sum(config.batch_size / e["images_per_second"] for e in entries if "images_per_second" in e),
+    }  # fmt: skip
+    if not failed:
+        outcome |= judge(folder, task, count)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_json(folder / "outcome.json", outcome)
+    return outcome
+
+
+def flops_of(config: Config) -> int:
+    """Floating-point operations of one step, the optimizer's orthogonal updates included."""
+    per_image = flops(config, TINY, (TINY.resolution, TINY.resolution))
+    muon = muon_flops(trained_shapes(config, TINY)) if config.optimizer == "muon" else 0
+    return per_image * config.batch_size + muon
+
+
+def judge(run: Path, task: str, count: int) -> dict[str, float]:
+    """Mean overlap with the discs of held-out hints, and the fraction of images with both colours right."""
+    shown = circles.held_out(count)
+    drawn = circles.draw_all(load_model(run), shown, True, TINY.resolution, 20, kind=task)
+    verdicts = [circles.measure(image, circle) for image, circle in zip(drawn, shown, strict=True)]
+    return {
+        "iou": float(np.mean([v.iou for v in verdicts])),
+        "colors": float(np.mean([v.color_right and v.background_right for v in verdicts])),
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- table
+def reached(gains: Sequence[tuple[int, float]], level: float) -> float | None:
+    """The step at which the control gain first was `level`, interpolated between measurements; None if never."""
+    for (a, low), (b, high) in zip(gains, gains[1:], strict=False):
+        if high >= level:
+            return b if low >= level else a + (b - a) * (level - low) / (high - low)
+    return None
+
+
+def spread(values: Sequence[float | None], digits: int = 0) -> str:
+    """The mean of `values` with the lowest and the highest; how many never came where some are None."""
+    there = [v for v in values if v is not None]
+    if not there:
+        return "never"
+    mean, low, high = statistics.mean(there), min(there), max(there)
+    missing = f", {len(values) - len(there)} never" if len(there) < len(values) else ""
+    extremes = f" ({low:.{digits}f} to {high:.{digits}f}{missing})" if len(values) > 1 else ""
+    return f"{mean:.{digits}f}{extremes}"
+
+
+def outcomes_of(task: str) -> dict[str, list[dict[str, Any]]]:
+    """The outcomes of everything that was run on a task, by setting, in the order of GROUPS."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for group in GROUPS.values() for name in group}
+    for file in sorted((ROOT / task).glob("*/outcome.json")):
+        outcome = json.loads(file.read_text())
+        found.setdefault(outcome["name"], []).append(outcome)
+    return {name: outcomes for name, outcomes in found.items() if outcomes}
+
+
+def table(task: str) -> list[str]:
+    """Everything that was run on a task, as the lines of a Markdown table."""
+    columns = ["setting", "seeds", "failed", *(f"samples to gain {level}" for level in LEVELS), "steps to gain 0.8"]
+    columns += ["TFLOP to gain 0.8", "final gain", "IoU", "colours"]
+    rows = [columns, ["---"] * len(columns)]
+    rows += [row(name, outcomes) for name, outcomes in outcomes_of(task).items()]
+    return [f"| {' | '.join(cells)} |" for cells in rows]
+
+
+def row(name: str, outcomes: Sequence[dict[str, Any]]) -> list[str]:
+    """The cells of one setting's row, from the outcomes of its seeds."""
+    good = [o for o in outcomes if not o["failed"]]
+
+    def until(level: float, key: str = "", unit: float = 1.0) -> list[float | None]:
+        """What it took each seed to reach a control gain: steps, or steps times the outcome's `key`, in `unit`s."""
+        steps = ((o, reached(o["gains"], level)) for o in good)
+        return [None if step is None else step * (o[key] if key else 1) / unit for o, step in steps]
+
+    return [
+        name, str(len(outcomes)), str(len(outcomes) - len(good)), *(spread(until(level, "batch")) for level in LEVELS),
+        spread(until(0.8)), spread(until(0.8, "flops", 1e12), 1), spread([o["gains"][-1][1] for o in good], 3),
+        spread([o["iou"] for o in good], 3), spread([o["colors"] for o in good], 2),
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- figure and events
+def figure(task: str) -> str:
+    """A bar chart (SVG) of the samples that each setting took to a control gain of 0.8: bars are means over the seeds,
+    lines go from the fastest to the slowest seed. A setting that did not come there with every seed is hatched."""
+    bars = []
+    for name, outcomes in outcomes_of(task).items():
+        samples = [reached(o["gains"], 0.8) for o in outcomes]
+        there = [step * o["batch"] for step, o in zip(samples, outcomes, strict=True) if step is not None]
+        bars.append((name, there, len(there) < len(outcomes)))
+    bars.sort(key=lambda bar: statistics.mean(bar[1]) if bar[1] else float("inf"))
+    left, row_height, width, top = 190, 20, 760, 40
+    scale = (width - left - 60) / max([max(there) for _, there, _ in bars if there], default=1)
+    marks = []
+    for i, (name, there, incomplete) in enumerate(bars):
+        y = top + i * row_height
+        marks.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{name}</text>')
+        if not there:
+            marks.append(f'<text x="{left + 4}" y="{y + 13}" fill="#a33">not within {BUDGET} samples</text>')
+            continue
+        mean, low, high = (left + scale * f(there) for f in (statistics.mean, min, max))
+        fill = "url(#hatched)" if incomplete else "#1f69be"
+        marks.append(
+            f'<rect x="{left}" y="{y + 3}" width="{mean - left:.1f}" height="{row_height - 6}" fill="{fill}"/>'
+        )
+        marks.append(f'<path d="M{low:.1f} {y + 10}H{high:.1f}" stroke="#c83228" stroke-width="2"/>')
+        marks.append(f'<text x="{max(mean, high) + 5:.1f}" y="{y + 13}">{statistics.mean(there):.0f}</text>')
+    height = top + len(bars) * row_height + 10
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"'
+        ' font-family="sans-serif" font-size="12">',
+        '<defs><pattern id="hatched" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+        '<path d="M0 0V6" stroke="#1f69be" stroke-width="6" opacity="0.5"/></pattern></defs>',
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+        f'<text x="8" y="20" font-size="14">Samples to a control gain of 0.8 ({task} hints); '
+        "red: over the seeds</text>",
+        *marks, "</svg>", "",
+    ])  # fmt: skip
+
+
+def events(run: Path) -> list[str]:
+    """Is the jump one event? When the control gain of each band of timesteps, and of each validation sample, first was
+    half of its final value, as the lines of a Markdown table."""
+    entries = [json.loads(line) for line in (run / "gains.jsonl").read_text().splitlines()]
+    losses = np.array([e["samples"] for e in entries])  # (measurements, samples, 3): timestep, right hint, other hint
+    steps, timesteps = [e["step"] for e in entries], losses[0, :, 0]
+    gain = lambda chosen: 1 - losses[:, chosen, 1].sum(1) / losses[:, chosen, 2].sum(1)
+    half = lambda series: reached(list(zip(steps, series.tolist(), strict=True)), series[-1] / 2)
+    lines = ["| timesteps | final gain | step of half of it |", "|---|---|---|"]
+    for low in range(0, 1000, 200):
+        chosen = (timesteps >= low) & (timesteps < low + 200)
+        if chosen.any():
+            series = gain(chosen)
+            lines.append(f"| {low} to {low + 199} | {series[-1]:.3f} | {half(series):.0f} |")
+    whole = gain(np.ones(len(timesteps), dtype=bool))
+    lines.append(f"| all | {whole[-1]:.3f} | {half(whole):.0f} |")
+    one_by_one = [half(gain([i])) for i in range(len(timesteps)) if gain([i])[-1] > 0.1]
+    low, middle, high = np.percentile(one_by_one, [0, 50, 100])
+    lines.append("")
+    lines.append(
+        f"{len(one_by_one)} of {len(timesteps)} validation samples end above a gain of 0.1; each was at half of its "
+        f"own final gain between steps {low:.0f} and {high:.0f}, the middle one at {middle:.0f}."
+    )
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------- CLI
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m toy.convergence", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("run", help="train what is not done yet")
+    p.add_argument("groups", nargs="+", choices=["all", *GROUPS], metavar="GROUP", help=f"all, {', '.join(GROUPS)}")
+    p.add_argument("--seeds", type=number(int, 1, 100), default=3, help="seeds of each setting (default 3)")
+    p.add_argument("--count", type=number(int, 1, 1000), default=32, help="held-out hints to judge by (default 32)")
+    t = commands.add_parser("table", help="print the table of what was run")
+    f = commands.add_parser("figure", help="draw what was run as an SVG file")
+    f.add_argument("file", help="file to write")
+    e = commands.add_parser("events", help="tell when each timestep and each validation sample jumped")
+    e.add_argument("setting", help="name of a setting that was run")
+    e.add_argument("--seed", type=number(int, 0), default=0, help="seed of the run (default 0)")
+    for command in (p, t, f, e):
+        command.add_argument("--task", choices=tuple(circles.HINTS), default="outline", help="kind of the hints")
+    args = parser.parse_args(argv)
+    if args.command == "table":
+        return print("\n".join(table(args.task)))
+    if args.command == "figure":
+        return write_atomically(args.file, lambda path: path.write_text(figure(args.task)))
+    if args.command == "events":
+        return print("\n".join(events(ROOT / args.task / f"{args.setting}-{args.seed}")))
+    folder = Path("data/convergence") / args.task
+    if not (folder / "prompt.json").exists():
+        circles.make(folder, kind=args.task)
+    groups = GROUPS if "all" in args.groups else args.groups
+    for seed in range(args.seeds):
+        for name, changes in ((n, c) for group in groups for n, c in GROUPS[group].items()):
+            if not (ROOT / args.task / f"{name}-{seed}" / "outcome.json").exists():
+                with contextlib.redirect_stdout(sys.stderr):
+                    outcome = run_one(name, changes, args.task, seed, args.count)
+                figures = (
+                    f"gain {outcome['gains'][-1][1]:.3f}, IoU {outcome.get('iou', 0):.3f}" if outcome["gains"] else ""
+                )
+                print(f"{args.task} {name} seed {seed}: {outcome['failed'] or figures}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
