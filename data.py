@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from lowvram.process import disable_malloc_trim
-from training import images, layouts, photos, report, verify
+from training import images, inspection, layouts, photos, verify
 from training.buckets import Framed, bucket_sizes, choose_size
 from training.buckets import fit_size as fit_size
 from training.buckets import parse_resolution as parse_resolution
@@ -47,6 +47,7 @@ from training.images import fraction_cut as fraction_cut
 from training.images import read_image as read_image
 from training.images import same_aspect as same_aspect
 from training.images import save_hint as save_hint
+from training.inspection import show as show
 from training.layouts import LAYOUTS as LAYOUTS
 from training.layouts import Row as Row
 from training.layouts import find_list as find_list
@@ -56,7 +57,6 @@ from training.layouts import read_rows as read_rows
 from training.loading import load
 from training.order import BucketOrder, shuffled
 from training.randomness import SampleRandomness, derive_seed, digest
-from training.report import show as show
 from training.rows import check_aspects, further_keys, keys_of_all
 
 
@@ -409,11 +409,11 @@ def check(
 ) -> tuple[int, list[str]]:  # fmt: skip
     """The number of rows of the data set `root` that can be parsed, and all problems of all rows, images included.
 
-    Prints the layout, and what is no problem but should be known. The other arguments: see `report.check`.
+    Prints the layout, and what is no problem but should be known. The other arguments: see `inspection.check`.
     `settings`: of FolderDataset.
     """
     dataset = FolderDataset(root, hint_channels=None, strict=False, **settings)
-    return report.check(dataset, workers, sheet, seed, size, buckets)
+    return inspection.check(dataset, workers, sheet, seed, size, buckets)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -447,7 +447,7 @@ def main(argv: list[str] | None = None) -> int:
     names = ("hint_scale", "follow_links", "max_megapixels", "hints", "columns")
     settings = {name: getattr(args, name) for name in names}
     if args.command == "show":
-        report.show(FolderDataset(args.data, hint_channels=None, **settings), args.number, args.out)
+        inspection.show(FolderDataset(args.data, hint_channels=None, **settings), args.number, args.out)
         return 0
     if args.multiple < 1:
         parser.error("--multiple must be at least 1")

@@ -137,6 +137,12 @@ class _Part(io.RawIOBase):
         self.at = max(0, origin + offset)
         return self.at
 
+    def readall(self) -> bytes:
+        self.file.seek(self.start + self.at)
+        content = self.file.read(max(0, self.size - self.at))
+        self.at += len(content)
+        return content
+
     def readinto(self, buffer: memoryview) -> int:
         self.file.seek(self.start + self.at)
         count = self.file.readinto(memoryview(buffer)[: max(0, self.size - self.at)])

@@ -13,7 +13,7 @@ from data import FolderDataset
 from tests.test_data import row, write
 from tests.test_shards import make, png
 from toy import circles
-from training import report, verify
+from training import inspection, verify
 from training.images import KINDS
 
 
@@ -24,7 +24,7 @@ def noise(seed: int, size: int = 8) -> Image.Image:
 def told(root, **settings) -> list[str]:
     dataset = FolderDataset(root, hint_channels=None, strict=False, **settings)
     verify.find_bad_rows(dataset, workers=0)
-    return report.oddities(dataset)
+    return inspection.oddities(dataset)
 
 
 @pytest.fixture
@@ -163,11 +163,11 @@ def test_the_sheet_keeps_shapes_and_shows_hints_of_any_channels(tmp_path):
         np.save(tmp_path / f"{i}.npy", np.ones((10, 30, channels), dtype))
         noise(i, 30).crop((0, 0, 30, 10)).save(tmp_path / f"{i}.png")
     dataset = FolderDataset(tmp_path, hint_channels=None)
-    assert report.save_sheet(tmp_path / "sheet.png", dataset, [0, 1, 2], 0, side=60) == 3
+    assert inspection.save_sheet(tmp_path / "sheet.png", dataset, [0, 1, 2], 0, side=60) == 3
     shown = np.asarray(Image.open(tmp_path / "sheet.png"))
     assert ((shown == 235).all(-1)).sum() >= 3 * 2 * 60 * 40  # above and below the pictures of 60x20
     with pytest.raises(data.DataError, match="ending names no picture"):
-        report.save_sheet(tmp_path / "sheet", dataset, [0], 0)
+        inspection.save_sheet(tmp_path / "sheet", dataset, [0], 0)
 
 
 def test_facts_say_what_is_known_of_members_too(tmp_path):
