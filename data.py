@@ -399,7 +399,7 @@ def check(root: str, size: Size | None = None, buckets: Sequence[Size] = (), **s
     empty = {i: f"{row.where}: {EMPTY}" for i, row in enumerate(dataset.rows) if row.problem == EMPTY and i not in bad}
     usable = [facts for i, facts in enumerate(dataset.facts) if i not in bad]
     size = size or (usable and (usable[0][1].width, usable[0][1].height))
-    for line in verify.remarks(dataset, size, buckets) if usable else ():
+    for line in (*verify.remarks(dataset, size, buckets), *verify.resized_hints(dataset)) if usable else ():
         print(f"{root}: {line}")
     problems = bad | empty
     return sum(row.readable for row in dataset.rows), [problems[i] for i in sorted(problems)]
