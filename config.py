@@ -465,6 +465,8 @@ def validate(config: Config) -> None:
         )
     if config.bucket_batch and not config.buckets:
         raise ConfigError(f"--bucket-batch {config.bucket_batch} belongs to --buckets, which is not given")
+    if config.optimizer == "muon" and not config.learning_rate:
+        raise ConfigError("--optimizer muon moves biases and norms by AdamW: --learning-rate has to be above 0")
     if config.compile and config.stream:
         raise ConfigError("--compile and --stream exclude each other: compiled kernels need their weights in place")
     if config.tensorboard and not find_spec("tensorboard"):

@@ -94,16 +94,16 @@ def diffusion_loss(
     return loss
 
 
-def learning_rate(config: Config, step: int, highest: float | None = None) -> float:
-    """The learning rate of step `step` (from 0): it rises during the warm-up to `highest` (None: `learning_rate`), then
-    stays or falls to a fiftieth, over `lr_steps` steps.
+def learning_rate(config: Config, step: int) -> float:
+    """The learning rate of step `step` (from 0): it rises during the warm-up, then stays or falls to a fiftieth, over
+    `lr_steps` steps.
 
     A function of settings and step alone, so a resumed run has the rates of a run that was not stopped.
     """
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
     progress = min(1.0, step / (config.lr_steps or config.steps))
     factors = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
-    return (config.learning_rate if highest is None else highest) * warm * (0.02 + 0.98 * factors[config.lr_schedule])
+    return config.learning_rate * warm * (0.02 + 0.98 * factors[config.lr_schedule])
 
 
 # ---------------------------------------------------------------------------------------------------------- the loop
@@ -170,7 +170,7 @@ def training_loop(
             # and lowers its scale).
             rate = learning_rate(config, trainer.step)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, trainer.step, group.get("initial_lr"))
+                group["lr"] = rate * group.get("rate_factor", 1.0)
             finite = math.isfinite(loss + grad_norm)
             trainer.between_steps = False
             if finite or scaler.is_enabled():

@@ -64,7 +64,8 @@ def muon_flops(shapes: list[torch.Size]) -> int:
 class Muon(AdamW):
     """Muon for the matrices among the parameters, `AdamW` for the others.
 
-    muon_rate: the learning rate of the matrices, multiplied by sqrt(max(1, rows / columns)); lr: that of the others.
+    muon_rate: the learning rate of the matrices, multiplied by sqrt(max(1, rows / columns)); lr: that of the others,
+    above 0. The group of the matrices has the ratio of the two as `rate_factor`, for those who set the rates.
     Everything else as for AdamW: `bits` are those of the one moment, bfloat16 weights are rounded stochastically, and
     random numbers are a function of (seed, step, name).
     """
@@ -77,8 +78,7 @@ class Muon(AdamW):
         (group,) = self.param_groups
         matrices = [p for p in group["params"] if is_matrix(p)]
         group["params"] = [p for p in group["params"] if not is_matrix(p)]
-        group["initial_lr"] = lr
-        self.param_groups.append(group | {"params": matrices, "initial_lr": muon_rate, "lr": muon_rate})
+        self.param_groups.append(group | {"params": matrices, "lr": muon_rate, "rate_factor": muon_rate / lr})
 
     def moments_of(self, p: Tensor) -> tuple[str, ...]:
         return ("exp_avg",) if is_matrix(p) else super().moments_of(p)

@@ -11,7 +11,7 @@ from PIL import Image
 
 import data
 import train
-from config import Config, ConfigError, resolve
+from config import Config, ConfigError, resolve, validate
 from ldm import TINY
 from lowvram import estimate
 from tests.test_buckets import SHAPES, write_pairs
@@ -54,23 +54,12 @@ def test_cached_equals_computed_and_one_batch_equals_many(config, tmp_path):
         assert abs(a["loss"] - b["loss"]) < 1e-5 and abs(a["grad_norm"] / b["grad_norm"] - 1) < 1e-3
 
 
-def test_the_compiled_loss_takes_images_of_any_size(config, tmp_path, monkeypatch):
-    """One graph for all sizes, and without buckets one for the size. (Making real graphs takes minutes.)"""
+def test_the_compiled_loss_takes_images_of_any_size(config, monkeypatch):
+    """One graph for all sizes. (Making real graphs takes minutes.)"""
     asked = []
     monkeypatch.setattr(torch, "compile", lambda f, **how: asked.append(how) or f)
-    for buckets in (True, False):
-        train.train(
-            dataclasses.replace(config, steps=1, compile=True, buckets=buckets, out=str(tmp_path / f"{buckets}"))
-        )
-    assert asked == [dict(dynamic=True), dict(dynamic=False)]
-
-
-def test_what_a_step_sees_depends_on_flips_crops_and_buckets(config, tmp_path):
-    found = set()
-    for k, change in enumerate((dict(), dict(flip=False), dict(crops=1), dict(buckets=False), dict(seed=1))):
-        run = train.train(dataclasses.replace(config, steps=1, out=str(tmp_path / str(k)), **change))
-        found.add(losses(run)[0])
-    assert len(found) == 5
+    train.train(dataclasses.replace(config, steps=1, compile=True))
+    assert asked == [dict(dynamic=True)]
 
 
 def test_another_batch_size_on_resume_still_sees_every_item_once_an_epoch(config, monkeypatch):
@@ -101,7 +90,7 @@ def test_settings_that_exclude_each_other(config):
     ):
         with pytest.raises(ConfigError, match=words):
             train.train(dataclasses.replace(config, **change))
-    train.train(dataclasses.replace(config, flip=False, directional_hints=True, steps=1))
+    validate(resolve(dataclasses.replace(config, flip=False, directional_hints=True), "fast"))
 
 
 def test_each_variant_is_cached_once_and_old_caches_are_used(config, tmp_path, monkeypatch):
@@ -172,8 +161,6 @@ def test_the_plan_is_for_the_bucket_that_takes_most(config):
     config = resolve(dataclasses.replace(config, resolution="96"), "fast")
     model_config, size = estimate.model_and_size(config)
     assert (model_config, size) == (TINY, (96, 96))
-    need = lambda size: estimate.largest_peak(estimate.predict(config, model_config, size))
-    assert need((64, 128)) < need(size) * 1.01
     disk = lambda **change: estimate.cache_size(dataclasses.replace(config, **change), TINY, size)[0]
     assert disk() == 2 * disk(crops=1) == 4 * disk(crops=1, flip=False)
     config = dataclasses.replace(config, resolution="")
@@ -192,6 +179,7 @@ def test_own_data_sets_train_in_buckets(config, tmp_path, capsys):
         def __getitem__(self, i):
             return self.folder[i]
 
+    config = dataclasses.replace(config, steps=2)
     a = train.train(config)
     told = capsys.readouterr().out
     b = train.train(dataclasses.replace(config, data="", out=str(tmp_path / "b")), Own(config.data))
@@ -200,5 +188,6 @@ def test_own_data_sets_train_in_buckets(config, tmp_path, capsys):
     assert "21 images in 5 of 7 buckets: 64x32: 7" in told and "21 images in 5 of 7 buckets" in capsys.readouterr().out
     with pytest.raises(data.DataError, match="item 1 of the data set lacks 'jpg'"):
         train.train(dataclasses.replace(config, data="", out=str(tmp_path / "d")), [Own(config.data)[0], dict(txt="p")])
-    small = dataclasses.replace(config, data="", resolution="", out=str(tmp_path / "c"), steps=1)
-    assert json.loads((train.train(small, Own(config.data)) / "config.json").read_text())["resolution"] == "128x128"
+    small = dataclasses.replace(config, resolution="")
+    frame_items(small, TINY, Own(config.data))
+    assert small.resolution == "128x128"  # the model's, not that of the first image

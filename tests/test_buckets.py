@@ -81,8 +81,8 @@ def test_every_picture_fits_into_every_size():
     for width, height, size in ((246, 235, (224, 64)), (198, 116, (96, 224)), (49, 29, (224, 224)), (1, 1, (32, 32))):
         image = np.zeros((height, width, 3), np.uint8)
         assert resize(image, size, Image.Resampling.BILINEAR).shape == (*size[::-1], 3)
-    for width in range(1, 400, 7):
-        for height in range(1, 400, 9):
+    for width in range(1, 400, 17):
+        for height in range(1, 400, 23):
             for size in ((224, 64), (96, 224), (32, 160)):
                 for position in (0.0, 0.37, 0.5, 1.0):
                     left, top, right, bottom = Framing((width, height), size, position).box
@@ -162,7 +162,7 @@ def test_check_tells_of_buckets_and_of_hints_of_another_size(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "6 images in 5 of 7 buckets: 64x32: 2, 32x64: 1, 32x96: 1, 64x64: 1, 96x32: 1" in out
     assert "is cut off at most" in out and ", line 2: 96x64 in 64x32), " in out
-    assert "6 of 6 hints have another size than their target and are resized to it; the first:" in out
+    assert "6 of 6 hints have another size than their target" in out
     assert data.main(["check", str(root), "--resolution", "64"]) == 0
     assert "5 of 6 rows have another aspect ratio than 64x64" in capsys.readouterr().out
     with pytest.raises(SystemExit):

@@ -85,7 +85,7 @@ def test_vectors_move_by_adamw_at_their_own_rate():
     optimizer.step()
     torchs.step()
     assert torch.allclose(named["bias"], alone, atol=1e-7)
-    assert {group["initial_lr"] for group in optimizer.param_groups} == {1e-2, 0.5}
+    assert [group.get("rate_factor", 1.0) for group in optimizer.param_groups] == [1.0, 50.0]
     assert "exp_avg_sq" in optimizer.state[named["bias"]] and "exp_avg_sq" not in optimizer.state[named["matrix"]]
 
 
@@ -97,11 +97,16 @@ def test_a_moment_in_fewer_bits_comes_as_near(bits):
     assert error(lean) < 1.1 * error(whole)
 
 
-def test_the_rate_of_the_matrices_follows_the_schedule(config):  # noqa: F811
-    config = dataclasses.replace(config, warmup_steps=2, lr_schedule="cosine", steps=10, muon_rate=0.5)
-    for step in range(10):
-        ratio = train.learning_rate(config, step, 0.5) / train.learning_rate(config, step)
-        assert ratio == pytest.approx(0.5 / config.learning_rate)
+def test_the_rate_of_the_matrices_follows_the_schedule(config, monkeypatch):  # noqa: F811
+    seen = []
+    step = Muon.step
+    monkeypatch.setattr(Muon, "step", lambda self: seen.append([g["lr"] for g in self.param_groups]) or step(self))
+    settings = dict(optimizer="muon", muon_rate=0.05, warmup_steps=2, lr_schedule="cosine")
+    train.train(dataclasses.replace(config, **settings))
+    rates = [train.learning_rate(dataclasses.replace(config, **settings), n) for n in range(4)]
+    assert seen == [[rate, pytest.approx(50 * rate)] for rate in rates]
+    with pytest.raises(ConfigError, match="--learning-rate has to be above 0"):
+        train.train(dataclasses.replace(config, optimizer="muon", learning_rate=0.0))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from PIL import Image
 from training.files import DataError, File, one_line
 from training.images import KINDS, RESAMPLE, Size, resize, save_picture
 from training.rows import EMPTY, Row
-from training.verify import FileFacts, find_bad_rows, good_rows, remarks
+from training.verify import FileFacts, find_bad_rows, good_rows, remarks, resized_hints
 
 Fact = tuple[Row, FileFacts, FileFacts]  # a row, and what is known of its hint and its target
 
@@ -51,7 +51,7 @@ def check(
     if usable:
         target = dataset.facts[usable[0]][1]
         size = size or (target.width, target.height)
-        for line in (*remarks(dataset, size, buckets), *oddities(dataset)):
+        for line in (*remarks(dataset, size, buckets), *resized_hints(dataset), *oddities(dataset)):
             print(f"{dataset.root}: {line}")
     if sheet and usable:
         print(f"saved {save_sheet(sheet, dataset, usable, seed)} random rows as {sheet}")

@@ -24,7 +24,7 @@ from training.buckets import Framings, assign_buckets, bucket_sizes, describe_bu
 from training.cache import build_cache, release_encoders
 from training.order import BucketOrder
 from training.validation import held_out
-from training.verify import remarks, verified
+from training.verify import remarks, resized_hints, verified
 
 
 def open_dataset(config: Config, dataset: Sequence | None, run: Path) -> data.FolderDataset | Sequence:
@@ -66,7 +66,7 @@ def frame_items(
         print(f"images are resized from {native[0]}x{native[1]} to {size[0]}x{size[1]}")
     if from_files:
         dataset.size = size
-        lines = remarks(dataset, size, buckets)
+        lines = remarks(dataset, size, buckets) + resized_hints(dataset)
     else:
         dataset = data.ArrayDataset(dataset, size, config.hint_channels, config.hint_resample)
         lines = [] if hint == native else ["hints have another size than their targets and are resized to it"]

@@ -258,7 +258,7 @@ def remarks(dataset: Any, size: Size, buckets: Sequence[Size] = ()) -> list[str]
         lines += describe_buckets(natives, buckets, [row.where for row, *_ in rows])
     else:
         lines += _about_aspects(rows, size)
-    return lines + _about_hint_sizes(rows) + _about_prompts([row for row, *_ in rows])
+    return lines + _about_prompts([row for row, *_ in rows])
 
 
 def _about_ranges(hints: list[tuple[Row, FileFacts]]) -> list[str]:
@@ -293,8 +293,11 @@ def _about_aspects(rows: list[tuple[Row, FileFacts, FileFacts]], size: Size) -> 
     ]
 
 
-def _about_hint_sizes(rows: list[tuple[Row, FileFacts, FileFacts]]) -> list[str]:
-    """Hints that are larger or smaller than their targets."""
+def resized_hints(dataset: Any) -> list[str]:
+    """A line about hints that are larger or smaller than their targets, after `find_bad_rows`."""
+    rows = [
+        (row, *facts) for row, facts in zip(dataset.rows, dataset.facts, strict=False) if not row_problem(row, facts)
+    ]
     other = [(row, a, b) for row, a, b in rows if (a.width, a.height) != (b.width, b.height)]
     if not other:
         return []
