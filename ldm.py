@@ -224,7 +224,7 @@ class ControlLDM(nn.Module):
         NotFiniteError."""
         weight = self.vae.quant_conv.weight
         moments = self.vae.moments(images.to(weight.device, weight.dtype))
-        check_finite(moments, f"the latents of an image, encoded in {weight.dtype},")
+        check_finite(moments, "the latents of an image")
         return moments
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ class ControlLDM(nn.Module):
         z = (latents / self.config.scale_factor).to(self.vae.post_quant_conv.weight.dtype)
         image = self.vae.decode(z)
         if not is_finite(image) and is_finite(latents):
-            check_finite(image, f"an image, decoded in {z.dtype},")
+            check_finite(image, "an image that the VAE decoded")
         return image.clamp(-1, 1)
 
     def predict(

@@ -290,9 +290,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="number of channels of the hint images (default 3)",
     )
     p.add_argument(
-        "--control-depth", default="full",
+        "--control-depth", default="",
         help="blocks in the ControlNet's transformers: full (as the UNet), mid, small, or one number for each level of "
-        "the UNet, as 0,1,4 (default full)",
+        "the UNet, as 0,1,4 (default: full)",
     )  # fmt: skip
     p.add_argument(
         "--seed",

@@ -39,11 +39,9 @@ def is_finite(x: Tensor) -> bool:
 
 
 def check_finite(x: Tensor, what: str) -> None:
-    """Raise NotFiniteError unless all numbers of `x` are finite."""
-    if not is_finite(x):
-        raise NotFiniteError(
-            f"{what} is not finite: float16 ends at 65504, which this VAE may pass; with --precision fp32 or bf16 it "
-            "does not"
-            if x.dtype == torch.float16
-            else f"{what} is not finite: the input or the VAE's weights are damaged"
-        )
+    """Raise NotFiniteError, which begins with `what`, unless all numbers of `x` are finite."""
+    if is_finite(x):
+        return
+    causes = {torch.float16: "float16 ends at 65504, which was passed; --precision bf16 or fp32 reaches further"}
+    cause = causes.get(x.dtype, "the weights or what they were given are damaged, or training diverged")
+    raise NotFiniteError(f"{what} ({str(x.dtype).removeprefix('torch.')}): not finite; {cause}")

@@ -6,7 +6,7 @@ attach    writes a file of the published keys, shapes and size (a pickle with th
           v1-5-pruned.ckpt has it; of SDXL safetensors in float16), attaches a ControlNet, and compares all keys and
           shapes with the inventory
 exchange  exports the whole for diffusers and lets diffusers and transformers compute with it, beside our own; of SDXL
-          one network at a time, weights in bfloat16 (12 GiB of memory; with --compute fp32 16)
+          one network at a time, weights in bfloat16 (with --compute fp32 12 GiB of private memory, otherwise less)
 step      trains some steps with train.py in each precision
 """
 

@@ -456,12 +456,34 @@ def test_a_smaller_control_is_attached_saved_and_read_by_diffusers(depth, export
     for form in (out, tmp_path / "theirs", tmp_path / "control.safetensors"):
         state, config = read_model(ModelSource(base, control=form))
         assert config == attached.config and equal({k: v for k, v in state.items() if k.startswith(CONTROL)}, control)
+    with pytest.raises(CheckpointError, match=f"whole.safetensors: its .* have {text} blocks, not 0,2,3"):
+        read_model(ModelSource(whole, control_depth="full"))
     with pytest.raises(CheckpointError, match="smaller than its UNet has no difference"):
         merge.main(["extract", str(whole), str(tmp_path / "d.safetensors"), "--difference", base])
     with pytest.raises(CheckpointError, match="weights under control_model. missing"):
         state = {k: v for k, v in load_state_dict(whole).items() if CONTROL + "middle_block.1.proj_in" not in k}
         save_safetensors(tmp_path / "damaged.safetensors", state, load_metadata(whole))
         load_model(tmp_path / "damaged.safetensors")
+
+
+def test_a_smaller_control_is_carried_over(exported, tmp_path):
+    """To a base with other weights: copies get what the base has more."""
+    state, metadata = load_state_dict(exported[1] / "base.safetensors"), load_metadata(exported[1] / "base.safetensors")
+    for name, more in (("old", 0.0), ("new", 0.25)):
+        moved = {k: v + more if k.startswith(UNET) else v for k, v in state.items()}
+        save_safetensors(tmp_path / f"{name}.safetensors", moved, metadata)
+    old, new, control, out = (tmp_path / f"{name}.safetensors" for name in ("old", "new", "control", "out"))
+    merge.main(["attach", str(old), str(tmp_path / "whole.safetensors"), "--control-depth", "0,1,1"])
+    merge.main(["extract", str(tmp_path / "whole.safetensors"), str(control)])
+    merge.main(["transfer", "--from-base", str(old), "--control", str(control), "--to-base", str(new), str(out)])
+    trained, carried = load_state_dict(control), load_state_dict(out)
+    assert {k for k in carried if k.startswith(CONTROL)} == trained.keys()
+    key = "middle_block.1.transformer_blocks.0.norm1.bias"
+    assert (
+        torch.equal(carried[CONTROL + key], carried[UNET + key])
+        and CONTROL + key.replace("0.norm", "1.norm") not in carried
+    )
+    assert read_model(out)[1].control_depth == (0, 1, 1)
 
 
 def test_a_smaller_control_of_stable_diffusion(tmp_path):
@@ -474,5 +496,5 @@ def test_a_smaller_control_of_stable_diffusion(tmp_path):
     merge.main(["export", str(tmp_path / "whole.safetensors"), str(tmp_path / "folder")])
     again = load_model(tmp_path / "folder")
     assert again.config == model.config and equal(again.state_dict(), model.state_dict())
-    with pytest.raises(CheckpointError, match="already has a ControlNet|control_depth"):
+    with pytest.raises(CheckpointError, match="already has a ControlNet"):
         merge.main(["attach", str(tmp_path / "whole.safetensors"), str(tmp_path / "x.safetensors")])

@@ -14,6 +14,7 @@ names that stand in NAMED.
 import dataclasses
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor
 
@@ -53,11 +54,21 @@ def normalised(depth: tuple[int, ...], unet: UNetConfig) -> tuple[int, ...] | No
     return None if own == unet.depths else own
 
 
-def check_depth(where: str, depth: tuple[int, ...], unet: UNetConfig) -> None:
+def check_depth(where: str | Path, depth: tuple[int, ...], unet: UNetConfig) -> None:
     """Raise CheckpointError, which begins with `where`, if a ControlNet would have more blocks than its UNet."""
     own, wanted = unet.depths, unet.with_depth(depth).depths
     if any(a > b for a, b in zip(wanted, own, strict=True)):
         raise CheckpointError(f"{where}: transformers of {written(depth)} blocks; the UNet's have {written(own)}")
+
+
+def check_control_depth(where: str | Path, config: ModelConfig, asked: str) -> None:
+    """Raise CheckpointError if the ControlNet of a model, which comes from `where`, does not go with the UNet, or has
+    not the depth that was asked for ("": any)."""
+    check_depth(where, config.control_unet.depths, config.unet)
+    wanted = dataclasses.replace(config, control_depth=depth_from_text(asked, config.unet)).control_unet.depths
+    if asked and wanted != config.control_unet.depths:
+        own = written(config.control_unet.depths)
+        raise CheckpointError(f"{where}: its ControlNet's transformers have {own} blocks, not {written(wanted)}")
 
 
 def depth_of(control: Mapping[str, Tensor], unet: UNetConfig) -> tuple[int, ...] | None:

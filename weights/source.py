@@ -33,7 +33,7 @@ from weights.configs import (
     pipeline_settings,
     scheduler_settings,
 )
-from weights.control_depth import check_depth, depth_from_text
+from weights.control_depth import check_control_depth, depth_from_text
 from weights.detect import (
     detect_model,
     distilled,
@@ -298,13 +298,7 @@ def _read_config(source: ModelSource, state: dict[str, Tensor], saved: ModelConf
             if saved
             else not is_run(source.path) and pools_globally(_origin(source, CONTROL)),
         )
-        if config.control_depth:
-            check_depth(f"{_origin(source, CONTROL)}", config.control_depth, config.unet)
-        if source.control_depth and depth_from_text(source.control_depth, config.unet) != config.control_depth:
-            raise CheckpointError(
-                f"{_origin(source, CONTROL)}: has a ControlNet, whose depth --control-depth {source.control_depth} "
-                "cannot change; it is for a new ControlNet"
-            )
+        check_control_depth(_origin(source, CONTROL), config, source.control_depth)
     else:
         asked = depth_from_text(source.control_depth, config.unet)
         config = dataclasses.replace(config, global_pool=False, control_depth=asked)
