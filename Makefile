@@ -31,7 +31,7 @@ help:  ## list the targets
 setup: .venv/.run  ## make .venv with what training needs
 
 train: .venv/.run  ## train a ControlNet: the demo, or BASE= DATA= [OUT=] [ARGS=]
-	$(PY) train.py $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) $(if $(OUT),--out $(OUT)) $(ARGS)
+	$(PY) train.py $(if $(BASE),--base $(BASE)) $(if $(DATA),--data '$(DATA)') $(if $(OUT),--out $(OUT)) $(ARGS)
 
 play: .venv/.run  ## open a page, draw a hint on it and see the ControlNet obey: [MODEL=] [ARGS=]
 	$(PY) play.py --model $(MODEL) $(ARGS)
@@ -48,8 +48,9 @@ pretrain: .venv/.run  ## make models/tiny_sd.safetensors, the demo's base, from 
 merge: .venv/.run  ## attach a ControlNet to a Stable Diffusion file: BASE= OUT= [ARGS=]
 	$(PY) merge.py attach $(BASE) $(OUT) $(ARGS)
 
-bench: .venv/.run  ## measure the training step on this machine: [ARGS=]
+bench: .venv/.run  ## measure the training step and the loader on this machine: [ARGS=]
 	$(PY) bench.py step $(ARGS)
+	$(PY) bench.py data
 
 test: .venv/.dev  ## lint, then all tests
 	@$(PY) -m ruff check --quiet . && $(PY) -m ruff format --check --quiet .

@@ -22,6 +22,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -51,6 +52,7 @@ from training.setup import build_trainer
 from weights import CheckpointError, diffusers_folder
 
 GUIDANCE = 7.5
+H100_FLOPS = 0.5 * 989e12  # a second: half of the dense bf16 rate in the data sheet of the H100 SXM
 
 
 # ------------------------------------------------------------------------------------------------- what is measured
@@ -399,21 +401,51 @@ def memory_table(name: str, side: int, batch_sizes: list[int], repeat: int) -> s
     return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
 
 
+def write_layouts(folder: Path, count: int, side: int) -> dict[str, dict[str, str]]:
+    """The same circles in each layout under `folder`: words for the layout -> arguments of `data.FolderDataset`."""
+    circles.make(folder, count, side)
+    rows = [json.loads(line) for line in (folder / "prompt.json").read_text().splitlines()]
+    table = "".join(f"{row['target']},{row['source']},{row['prompt']}\n" for row in rows)
+    (folder / "pairs.csv").write_text("target,hint,prompt\n" + table)
+    with tarfile.open(folder / "shard.tar", "w") as shard:
+        for i, row in enumerate(rows):
+            caption = (folder / row["target"]).with_suffix(".txt")
+            caption.write_text(row["prompt"])
+            for name, file in ((f"{i}.png", row["target"]), (f"{i}.hint.png", row["source"]), (f"{i}.txt", caption)):
+                shard.add(folder / file, name)
+    return {
+        "": dict(root=str(folder)),
+        " in a table (CSV)": dict(root=str(folder / "pairs.csv")),
+        " in two folders": dict(root=str(folder / "target"), hints=str(folder / "source")),
+        " in a tar shard": dict(root=str(folder / "shard.tar")),
+    }
+
+
 def measure_data(side: int, workers: int, count: int = 256) -> dict[str, str]:
-    """Samples of circles that the loader gives in a second: from PNG files (a run without cache) and from the cache."""
+    """Samples of circles that the loader gives in a second, from PNG in each layout (a run without cache) and from
+    the cache (a run with it, which reads hints alone), and what a fast GPU asks for."""
     result = {"images": f"{count} of {side} px, {workers} workers"}
+
+    def rate(dataset: data.FolderDataset, encodings: cache.CachedEncodings | None) -> str:
+        samples = data.Samples(dataset, range(count), 0, (4, side // 8, side // 8), encodings=encodings)
+        start = time.perf_counter()
+        for _ in data.batches(samples, 0, 2 * count, 8, workers):
+            pass
+        return f"{2 * count / (time.perf_counter() - start):.0f}"
+
     with tempfile.TemporaryDirectory() as folder:
-        circles.make(folder, count, side)
+        for name, arguments in write_layouts(Path(folder), count, side).items():
+            dataset = data.FolderDataset(size=(side, side), **arguments)
+            result[f"samples a second from PNG{name}"] = rate(dataset, None)
         dataset = data.FolderDataset(folder, (side, side))
         model = ControlLDM(MODELS["tiny"], hint_channels=None).requires_grad_(False)
         with torch.no_grad():
-            cached = cache.build_cache(model, dataset, f"{folder}/cache", 8)
-        for source, encodings in (("PNG", None), ("the cache", cached)):
-            samples = data.Samples(dataset, range(count), 0, (4, side // 8, side // 8), encodings=encodings)
-            start = time.perf_counter()
-            for _ in data.batches(samples, 0, 2 * count, 8, workers):
-                pass
-            result[f"samples a second from {source}"] = f"{2 * count / (time.perf_counter() - start):.0f}"
+            result["samples a second from the cache"] = rate(
+                dataset, cache.build_cache(model, dataset, f"{folder}/cache", 8)
+            )
+    size = data.fit_size((side, side), MODELS["sd15"].multiple)
+    needed = H100_FLOPS / estimate.flops(Config(base="sd15", out="-"), MODELS["sd15"], size)
+    result["samples a second that SD 1.5 needs on an H100 at half of its bf16 rate"] = f"{needed:.0f}"
     return result
 
 
