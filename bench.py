@@ -81,7 +81,7 @@ class OurStep:
         if not config.cache:
             batch = {k: v for k, v in batch.items() if k != "context"} | {"prompt": ["a circle"] * config.batch_size}
         self.trainer, self.batches = build_trainer(config, model), itertools.repeat(batch)
-        self.loss = torch.compile(train.diffusion_loss, dynamic=False) if config.compile else train.diffusion_loss
+        self.loss = train.compiled_loss() if config.compile else train.diffusion_loss
 
     def __call__(self) -> None:
         self.trainer.config.steps = self.trainer.step + 1

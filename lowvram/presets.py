@@ -2,12 +2,11 @@
 
 A preset gives a value to every setting about memory that is not given one by one (`config.Config`, where such a setting
 is None). `lowvram/estimate.py` predicts what a preset takes and chooses one.
+PyTorch is imported where a GPU is asked, so that `--help` need not wait for it.
 """
 
 import dataclasses
 from typing import Any
-
-import torch
 
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": dict(
@@ -35,6 +34,8 @@ def resolve(config: Any, preset: str) -> Any:
 
     GPUs that do not know bf16 compute in fp16; trained weights can then be fp16 where the optimizer is on the CPU.
     """
+    import torch
+
     filled = {k: v for k, v in PRESETS[preset].items() if getattr(config, k) is None}
     gpu = "cuda" in config.device and torch.cuda.is_available()
     if filled.get("precision") == "bf16" and gpu and not torch.cuda.is_bf16_supported(False):
