@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
+from lowvram.presets import GPU_PRESETS as GPU_PRESETS
 from lowvram.presets import PRESETS, allowed_weight_dtypes
 from lowvram.presets import resolve as resolve
 from training.files import MAX_MEGAPIXELS
@@ -213,8 +214,9 @@ class Config:
     )  # fmt: skip
 
     memory: str = setting(
-        "auto", "memory", "preset for the settings below; auto: the first preset that fits the GPU", ("auto", *PRESETS)
-    )
+        "auto", "memory",
+        "preset for the settings below; auto: the fastest that fits the GPU, exact without CUDA", ("auto", *PRESETS),
+    )  # fmt: skip
     precision: str | None = setting(
         None, "memory", "number format of the computation and of frozen weights", PRECISIONS
     )
@@ -454,7 +456,7 @@ def resumed_settings(run: str, given: dict[str, Any]) -> dict[str, Any]:
     settings = {k: v for k, v in load_run(run_of(run)).items() if k in Config.__dataclass_fields__}
     settings = dict(buckets=False) | settings  # a run from before there were buckets has none
     if "memory" in given:
-        settings = {k: v for k, v in settings.items() if k not in PRESETS["fast"]}
+        settings = {k: v for k, v in settings.items() if k not in PRESETS["exact"]}
     plain = lambda name, value: parse_resolution(value) if name == "resolution" else value
     for name in FIXED_ON_RESUME:
         if name in given and name in settings and plain(name, given[name]) != plain(name, settings[name]):

@@ -346,7 +346,7 @@ def set_process_options(config: Config) -> None:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    use_tf32(config.precision == "tf32")
+    use_tf32(config.precision != "fp32")
     disable_malloc_trim()
 
 
