@@ -252,7 +252,8 @@ def largest_batch(
     guess takes its slope from the activations, and a prediction for that batch tells the slope itself.
     """
     room, batch, known = gpu_bytes - CUDA_CONTEXT, config.batch_size, peaks["training"].total
-    if max((peak.total for part, peak in peaks.items() if part != "training"), default=0) > room:
+    beside = max((peak.total for part, peak in peaks.items() if part != "training"), default=0)
+    if max(beside, known - peaks["training"].parts["activations"]) > room:
         return 0
     slope = max(1.0, peaks["training"].parts["activations"] / batch)
     other = min(max(1, batch + math.floor((room - known) / slope)), 64 * batch)
@@ -336,7 +337,7 @@ def plan(config: Config, vram: float | None = None, rate: float | None = None) -
     # a resumed run has all settings about memory fixed: unset them, to compare the presets
     fixed = config.memory != "auto"
     unset = dataclasses.replace(config, **dict.fromkeys(PRESETS["exact"])) if fixed else config
-    bar = tqdm(("exact", *GPU_PRESETS), desc="predicting", unit="preset", leave=False, disable=None)
+    bar = tqdm(("exact", *GPU_PRESETS), desc="predicting memory", unit="preset", leave=False, disable=None)
     predictions = {name: predict(resolve(unset, name), model_config, size) for name in bar}
     fitting = lambda name: vram and largest_peak(predictions[name]) + CUDA_CONTEXT <= vram * GIB
     fits = next(filter(fitting, GPU_PRESETS), None)

@@ -12,7 +12,9 @@ import train
 from config import GPU_PRESETS, PRESETS, Config, resolve
 from ldm import TINY
 from lowvram import estimate, speed
+from lowvram.muon import Muon
 from lowvram.offload import to_pinned_cpu
+from lowvram.optimizer import AdamW
 from lowvram.speed import COMMON, Machine, Operation, seconds
 from lowvram.tracking import Peak, measure
 from tests.test_train import config, equal, weights  # noqa: F401 (config is a fixture)
@@ -21,6 +23,12 @@ from weights.runs import load_run
 from weights.writing import save_json
 
 GIB = 2**30
+# The least that has every part of a step: predictions of it are quick.
+SMALL = dataclasses.replace(
+    TINY,
+    unet=dataclasses.replace(TINY.unet, channel_mult=(1, 2), attention_resolutions=(2,)),
+    vae=dataclasses.replace(TINY.vae, ch=8, ch_mult=(1, 1, 1, 1)),
+)
 
 
 def test_the_old_name_of_exact(config):  # noqa: F811
@@ -111,14 +119,26 @@ def test_seconds_of_the_roofline():
 def test_micro_batches_and_the_rest_of_the_optimizer_are_counted():
     def flop_and_bytes(**settings):
         config = resolve(Config(base="x", device="cpu", batch_size=1, **settings), "12gb")  # noqa: F811
-        found = estimate.predict(config, TINY, (64, 64))["training"].operations
+        found = estimate.predict(config, SMALL, (64, 64))["training"].operations
         return sum(o.times * o.flops for o in found), [o for o in found if o.times > 1]
 
     (one, optimizer), (five, _) = flop_and_bytes(), flop_and_bytes(accumulate_grad_batches=5)
     assert five == pytest.approx(5 * one) and optimizer and all(o.flops == 0 for o in optimizer)
 
 
-def test_presets_are_ordered_by_speed(config):  # noqa: F811
+def test_what_an_update_of_the_largest_parameter_stands_for():
+    """AdamW reads and writes all numbers; Muon's products count for its matrices."""
+    shapes = {"a": (8, 4), "b": (4, 4), "c": (6,), "d": (2,)}
+    parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
+    (group,) = AdamW(parameters, 1e-3).param_groups
+    assert estimate.share_of_largest(group, parameters["a"]) == (32 + 16 + 6 + 2) / 32
+    vectors, matrices = Muon(parameters, 1e-3, 0.02).param_groups
+    assert estimate.share_of_largest(vectors, parameters["c"]) == 8 / 6
+    products = 2 * 4 * 4 * 8 + 4**3, 2 * 4 * 4 * 4 + 4**3
+    assert estimate.share_of_largest(matrices, parameters["a"]) == pytest.approx(sum(products) / products[0])
+
+
+def test_presets_are_ordered_by_speed():
     """On a machine where what is moved and computed decides; this model is so small that beginning would."""
     machine = dataclasses.replace(COMMON, begin=0.0)
     took = []
@@ -126,7 +146,7 @@ def test_presets_are_ordered_by_speed(config):  # noqa: F811
         unset = Config(base="x", device="cpu", batch_size=4)
         filled = resolve(unset, name)
         took.append(
-            seconds(estimate.predict(filled, TINY, (128, 128))["training"].operations, machine, filled.precision)
+            seconds(estimate.predict(filled, SMALL, (128, 128))["training"].operations, machine, filled.precision)
         )
     assert took[1:] == sorted(took[1:]) and took[0] > 1.3 * took[1]
 
@@ -154,8 +174,8 @@ def test_the_largest_batch(config, monkeypatch):  # noqa: F811
 
 def test_the_largest_batch_of_a_model():
     config = resolve(Config(base="x", device="cpu", batch_size=2), "16gb")  # noqa: F811
-    peaks = lambda n: estimate.predict(dataclasses.replace(config, batch_size=n), TINY, (64, 64))
-    largest = estimate.largest_batch(config, TINY, (64, 64), peaks(2), 1.5 * GIB)
+    peaks = lambda n: estimate.predict(dataclasses.replace(config, batch_size=n), SMALL, (64, 64))
+    largest = estimate.largest_batch(config, SMALL, (64, 64), peaks(2), 1.5 * GIB)
     fits = lambda n: estimate.largest_peak(peaks(n)) + estimate.CUDA_CONTEXT <= 1.5 * GIB
     assert largest > 100 and fits(int(0.97 * largest)) and not fits(int(1.03 * largest))
 
