@@ -12,23 +12,23 @@ from training.validation import Validation
 
 
 def measured(monkeypatch, tmp_path, every, steps, gains, stop=None):
-    """What is printed and written when `gains[step]` are measured over `steps` steps; from `stop` on by a second object,
+    """What is printed and written when `gains(step)` is measured over `steps` steps; from `stop` on by a second object,
     as after a resume."""
     monkeypatch.setattr(validation, "ema_weights", lambda trainer: contextlib.nullcontext())
     monkeypatch.setattr(Validation, "losses", lambda self: (1 - gains(self.trainer.step), 1.0))
     monkeypatch.setattr(Validation, "draw", lambda self, path: drawn.append(path.name))
-    printed, drawn, step, parts = [], [], 0, [stop or steps, steps]
+    printed, drawn, start = [], [], 0
     monkeypatch.setattr(validation.tqdm, "write", printed.append)
-    for end in parts:
+    for end in (stop or steps, steps):
         self = Validation.__new__(Validation)
-        self.trainer = SimpleNamespace(config=SimpleNamespace(logger_freq=every, device="cpu"), step=step)
-        self.run_folder, self.metrics = RunFolder(tmp_path, None, "cpu"), Metrics(tmp_path, step)
+        self.trainer = SimpleNamespace(config=SimpleNamespace(logger_freq=every, device="cpu"), step=start)
+        self.run_folder, self.metrics = RunFolder(tmp_path, None, "cpu"), Metrics(tmp_path, start)
         self.history = self.page = None
         self.converged = validation.sudden_convergence(*self.metrics.series("control_gain")) is not None
-        for step in range(step, end):
+        for step in range(start, end):
             self.trainer.step = step
             self.measure(step)
-        step = end
+        start = end
     self.trainer.step = steps
     self.measure(steps, last=True)
     return self.metrics, printed, drawn
