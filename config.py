@@ -180,7 +180,10 @@ class Config:
         ("adamw", "muon"),
     )  # fmt: skip
     learning_rate: float = setting(1e-5, "optimization", "learning rate of AdamW", low=0)
-    muon_rate: float = setting(0.02, "optimization", "learning rate of Muon, on the schedule of --learning-rate", low=0)
+    muon_rate: float = setting(
+        5e-4, "optimization",
+        "learning rate of Muon, on the schedule of --learning-rate; 0.02 in the demo, for the tiny base", low=0,
+    )  # fmt: skip
     warmup_steps: int = setting(0, "optimization", "steps over which the learning rate rises from 0", low=0)
     lr_steps: int = setting(
         0, "optimization", "steps over which the learning rate falls; 0: --steps, and on resume as before", low=0
@@ -309,14 +312,15 @@ RECIPES = {
         even_timesteps=False,
     ),
     "fast": dict(
-        optimizer="muon", muon_rate=0.02, warmup_steps=20, lr_schedule="cosine", weight_decay=0.0, clip_grad_norm=1.0,
+        optimizer="muon", warmup_steps=20, lr_schedule="cosine", weight_decay=0.0, clip_grad_norm=1.0,
         even_timesteps=True,
     ),
 }  # fmt: skip
 # `python train.py` without flags.
 DEMO = RECIPES["fast"] | dict(
     base=str(TINY_BASE), data="data/circles", out="runs/demo", steps=600, batch_size=8, learning_rate=2e-3,
-    timestep_bias=0.4, logger_freq=100, log_steps=10, validation=16, channels_last=True, drop_prompt=0.1,
+    muon_rate=0.02, timestep_bias=0.4, logger_freq=100, log_steps=10, validation=16, channels_last=True,
+    drop_prompt=0.1,
 )  # fmt: skip
 # `base`, `vae`, `data`, `hints` and `columns` may be others on resume, for the same weights and the same rows.
 FIXED_ON_RESUME = (
