@@ -180,7 +180,10 @@ class Config:
         ("adamw", "muon"),
     )  # fmt: skip
     learning_rate: float = setting(1e-5, "optimization", "learning rate of AdamW", low=0)
-    muon_rate: float = setting(0.02, "optimization", "learning rate of Muon, on the schedule of --learning-rate", low=0)
+    muon_rate: float = setting(
+        5e-4, "optimization",
+        "learning rate of Muon, on the schedule of --learning-rate; 0.02 in the demo, for the tiny base", low=0,
+    )  # fmt: skip
     warmup_steps: int = setting(0, "optimization", "steps over which the learning rate rises from 0", low=0)
     lr_steps: int = setting(
         0, "optimization", "steps over which the learning rate falls; 0: --steps, and on resume as before", low=0
@@ -302,11 +305,22 @@ class Config:
         return self.batch_size * self.accumulate_grad_batches * world_size()
 
 
+# How the weights move: `--recipe`. The tutorial's is the default; docs/convergence.md has what the other one buys.
+RECIPES = {
+    "tutorial": dict(
+        optimizer="adamw", warmup_steps=0, lr_schedule="constant", weight_decay=1e-2, clip_grad_norm=0.0,
+        even_timesteps=False,
+    ),
+    "fast": dict(
+        optimizer="muon", warmup_steps=20, lr_schedule="cosine", weight_decay=0.0, clip_grad_norm=1.0,
+        even_timesteps=True,
+    ),
+}  # fmt: skip
 # `python train.py` without flags.
-DEMO = dict(
-    base=str(TINY_BASE), data="data/circles", out="runs/demo", steps=1100, batch_size=8, learning_rate=2e-3,
-    warmup_steps=20, lr_schedule="cosine", timestep_bias=0.4, even_timesteps=True, weight_decay=0.0, clip_grad_norm=1.0,
-    logger_freq=100, log_steps=10, validation=16, channels_last=True, drop_prompt=0.1,
+DEMO = RECIPES["fast"] | dict(
+    base=str(TINY_BASE), data="data/circles", out="runs/demo", steps=600, batch_size=8, learning_rate=2e-3,
+    muon_rate=0.02, timestep_bias=0.4, logger_freq=100, log_steps=10, validation=16, channels_last=True,
+    drop_prompt=0.1,
 )  # fmt: skip
 # `base`, `vae`, `data`, `hints` and `columns` may be others on resume, for the same weights and the same rows.
 FIXED_ON_RESUME = (
@@ -333,6 +347,13 @@ class CommandLine(NamedTuple):
 
 def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def written_flag(name: str, value: Any) -> str:
+    """A setting as one writes it on a command line: --batch-size 4, --no-cache."""
+    if isinstance(value, bool):
+        return flag_name(name if value else f"no_{name}")
+    return f"{flag_name(name)} {value:g}" if isinstance(value, float) else f"{flag_name(name)} {value}"
 
 
 def field_type(name: str) -> type:
@@ -397,6 +418,12 @@ def parse_flags(argv: list[str] | None) -> dict[str, Any]:
         help="write RUN/report.html from what the run left, or a page that compares several (--out: its file); "
         "train nothing",
     )  # fmt: skip
+    rows = (f"{name}: {' '.join(written_flag(k, v) for k, v in row.items())}" for name, row in RECIPES.items())
+    parser.add_argument(
+        "--recipe", choices=RECIPES, metavar="NAME",
+        help=f"settings for how the weights move, each also a flag ({'; '.join(rows)}; default: tutorial, for the tiny "
+        "base model fast)",
+    )  # fmt: skip
     plan_group = parser.add_argument_group("planning")
     positive = number(float, 1e-9)
     plan_group.add_argument(
@@ -414,7 +441,7 @@ def parse_flags(argv: list[str] | None) -> dict[str, Any]:
 
 
 def parse(argv: list[str] | None) -> CommandLine:
-    """Flags -> what is asked for. Later sources win: defaults, demo or resumed run, flags."""
+    """Flags -> what is asked for. Later sources win: defaults, demo or resumed run, recipe, flags."""
     from ldm import TINY
 
     given = parse_flags(argv)
@@ -424,6 +451,10 @@ def parse(argv: list[str] | None) -> CommandLine:
         if given.keys() - {"out"} or resume or overwrite or data_changed or plan:
             raise ConfigError("--report writes a page and trains nothing: it goes with --out FILE alone")
         return CommandLine(Config(out=given.get("out", "")), None, False, False, False, None, None, report=report)
+    if "recipe" in given:
+        if resume:
+            raise ConfigError("--recipe belongs to a new run; a resumed run keeps its settings")
+        given = RECIPES[given.pop("recipe")] | given
     trial = not resume and "data" in given and "base" not in given
     if (vram or rate) and not plan:
         raise ConfigError("--vram and --rate belong to --plan, which is not given")
