@@ -8,7 +8,8 @@ those of sampler.py the fields of a request in `drawing/request.py`.)
 import argparse
 from collections.abc import Callable, Sequence
 
-from config import PRECISIONS, add_flags, device, number
+from config import PRECISIONS, add_flags
+from flag_types import device, number
 from training.annotators import ANNOTATORS
 from training.files import MAX_MEGAPIXELS
 from training.layouts import COLUMNS_HELP, DATA_HELP, HINTS_HELP
