@@ -34,8 +34,8 @@ def measures(device: str, against: bool) -> Iterator[tuple[str, Measure]]:
         return lambda: measure_row(task, resolve(config, "exact"), name, repeat, both)
 
     demo = dict(batch_size=8, channels_last=True)
-    yield "a step of the demo", of("step", "tiny", 128, 9, **demo)
-    yield "an image of the demo", of("image", "tiny", 128, 5)
+    yield "a step at the demo's shapes, with AdamW", of("step", "tiny", 128, 9, **demo)
+    yield "an image at the demo's shapes", of("image", "tiny", 128, 5)
     yield "the loader", loader_rows
     if "cuda" in device:
         yield "a step of SD 1.5, bf16", of("step", "sd15", 512, 7, batch_size=4, precision="bf16")
