@@ -16,7 +16,7 @@ The last bits of a latent can depend on how many images are encoded at once: see
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -213,14 +213,18 @@ class CachedEncodings:
         return self.contexts[key]
 
 
-def fingerprint(module: nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:
+def fingerprint(
+    module: nn.Module, prefixes: tuple[str, ...] = ("",), weights: Mapping[str, Tensor] | None = None
+) -> str:
     """A name of 16 hex digits for the weights of `module` whose keys start with one of `prefixes`.
 
-    The name depends on the values, shapes and dtypes of these weights and on the module's configuration.
+    The name depends on the values, shapes and dtypes of these weights and on the module's configuration. `weights`:
+    those of the module before they were rounded, whose name as float32 is wanted.
     """
     digests = []
     for name, p in module.state_dict().items():
         if name.startswith(prefixes):
+            p = p if weights is None else weights.get(name, p).float()
             flat = p.detach().cpu().contiguous().reshape(-1)
             digests.append(digest(flat.view(torch.uint8).numpy().tobytes(), str(p.dtype), tuple(p.shape)))
     return digest(*digests, repr(module.config)).hex()[:16]

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,21 @@ def select_trainable(model: ControlLDM, config: Config) -> dict[str, nn.Paramete
         if (in_control and not unused) or (in_decoder and not config.sd_locked):
             trainable[name] = p.requires_grad_(True)
     return trainable
+
+
+def loading_formats(config: Config) -> dict[str, Any]:
+    """The arguments with which `weights.load_model` loads the model that `config` (resolved) trains: frozen weights in
+    the formats to which `build_trainer` and the cache round them anyway. SDXL then takes half of the CPU's memory.
+
+    The ControlNet stays float32 where that many bits are kept of it: of masters, and of a part that does not train.
+    """
+    kept_in_full = config.optimizer_on_cpu or config.only_mid_control
+    return dict(
+        unet_dtype=PRECISIONS[config.precision],
+        control_dtype=torch.float32 if kept_in_full else PRECISIONS[config.trained_weights],
+        text_dtype=compute_dtype_for(config.precision, config.device),
+        in_full=lambda model: select_trainable(model, config),
+    )
 
 
 def build_trainer(config: Config, model: ControlLDM) -> Trainer:
