@@ -35,9 +35,9 @@ from lowvram.muon import muon_flops
 from lowvram.offload import is_kept_on_cpu
 from lowvram.optimizer import AdamW
 from lowvram.process import GIB
-from training.cache import prepare_batch, text_shape
+from training.cache import PROMPTS_AT_ONCE, prepare_batch, text_shape
 from training.distributed import Ranks
-from training.setup import Trainer, build_trainer, ema_weights, select_trainable, zero_grad
+from training.setup import Trainer, build_trainer, ema_weights, resting_weights, select_trainable, zero_grad
 from weights.control_depth import depth_from_text
 from weights.source import ModelSource, read_model
 
@@ -165,7 +165,11 @@ def predict(config: Config, model_config: ModelConfig, size: tuple[int, int]) ->
         peaks = {"training": measure(step, weights() | always | state)}
         if config.cache:
             images = torch.empty(config.encode_batch_size, 3, size[1], size[0], dtype=PRECISIONS[precision])
-            peaks["caching"] = peak_without_grad(lambda: model.vae.moments(images), {"VAE and text encoder": encoders})
+            peaks["caching"] = max(
+                peak_without_grad(lambda: read_prompts(model), {"VAE and text encoder": encoders}),
+                peak_without_grad(lambda: model.vae.moments(images), {"VAE": list(model.vae.parameters())}),
+                key=lambda peak: peak.total,
+            )
         z = torch.empty(1, *make_batch()["noise"].shape[1:])
 
         def draw() -> Tensor:
@@ -173,11 +177,18 @@ def predict(config: Config, model_config: ModelConfig, size: tuple[int, int]) ->
                 return model.decode(z)
 
         decoder = [p for module in model.vae.decoding for p in module.parameters()]
-        peaks["drawing"] = peak_without_grad(draw, weights() | state | {"VAE": decoder})
+        with resting_weights(trainer):
+            peaks["drawing"] = peak_without_grad(draw, weights() | state | {"VAE": decoder})
     for peak in peaks.values():
         peak.total += int(WORKSPACE)
         peak.parts["CUDA's workspaces (allowed)"] = int(WORKSPACE)
     return peaks
+
+
+def read_prompts(model: ControlLDM) -> None:
+    """Encode as many prompts as are encoded at once for the cache."""
+    for encoder in model.text_encoders:
+        encoder.encode(torch.zeros(PROMPTS_AT_ONCE, 77, dtype=torch.int64))
 
 
 def weights_by_kind(trainer: Trainer) -> dict[str, list[Tensor]]:

@@ -3,9 +3,9 @@
     python -m toy.sdxl                     the base, then three ControlNets (seeds 0, 1, 2), each trained and judged
     python -m toy.sdxl --seeds 5           one ControlNet, of seed 5
 
-Real SDXL takes a large GPU for days. What sets it apart from Stable Diffusion (several blocks in a transformer, a second
-text encoder, the vector y) can be trained on in minutes if a tiny base has it. `extend` gives it to the tiny base so that
-each new part adds exactly nothing at first:
+Real SDXL takes a large GPU for days. What sets it apart from Stable Diffusion (several blocks in a transformer, a
+second text encoder, the vector y) can be trained on in minutes if a tiny base has it. `extend` gives it to the tiny
+base so that each new part adds exactly nothing at first:
 
     second block of a transformer     its three outputs are zero, so it passes on what it gets
     second text encoder               to_k and to_v of the cross-attentions have zeros for its part of the context

@@ -187,6 +187,7 @@ def _write_row(file: BinaryIO, number: int, content: bytes) -> None:
     file.write(content)
 
 
+PROMPTS_AT_ONCE = 64  # that the text encoders encode
 VAE_ENCODER = ("encoder.", "quant_conv.")  # key prefixes of the VAE's weights that latents depend on
 
 
@@ -256,8 +257,6 @@ def build_cache(
     first = keys[: 8 * variants : variants]
     if any((dataset.key(i), dataset.prompt(i)) != (key, prompts[i]) for i, key in enumerate(first)):
         raise DataError("the data set gives another item each time it is asked for one: use --no-cache (cache=False)")
-    folder = cache_dir / f"latents-{fingerprint(model.vae, VAE_ENCODER)}"
-    latents = cache_latents(model, dataset, folder, batch_size, keys)
     unique = list(dict.fromkeys(["", *prompts]))  # the empty prompt takes the place of dropped ones
 
     def encode_prompts(positions: list[int]) -> Tensor:
@@ -266,7 +265,10 @@ def build_cache(
 
     dtype = next(text.parameters()).dtype
     contexts = RowCache(cache_dir / f"contexts-{fingerprint(text)}", "prompts", text_shape(model.config), dtype)
-    contexts.fill([digest(prompt) for prompt in unique], encode_prompts, 64, "prompts")
+    contexts.fill([digest(prompt) for prompt in unique], encode_prompts, PROMPTS_AT_ONCE, "prompts")
+    text.cpu()  # so that encoding images has the GPU for itself: those of SDXL have 1.5 GB in bfloat16
+    folder = cache_dir / f"latents-{fingerprint(model.vae, VAE_ENCODER)}"
+    latents = cache_latents(model, dataset, folder, batch_size, keys)
     sizes = [dataset.size_of(i) for i in range(len(dataset))]
     return CachedEncodings(latents, keys, contexts, sizes, variants)
 

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from config import Config
 from ldm import PRECISIONS, ControlLDM, compute_dtype_for
 from lowvram.muon import Muon
-from lowvram.offload import OptimizerInPlace, OptimizerOnCPU, is_fake, is_kept_on_cpu
+from lowvram.offload import OptimizerInPlace, OptimizerOnCPU, is_fake, is_kept_on_cpu, to_pinned_cpu
 from lowvram.optimizer import AdamW
 from lowvram.streaming import BlockStreamer
 from training.health import Health
-from unet import CrossAttention
+from unet import CrossAttention, parts
 
 
 @dataclass
@@ -122,7 +122,7 @@ def place_weights(config: Config, model: ControlLDM) -> None:
         p.data = p.data.to(trained_dtype if p.requires_grad else frozen_dtype)
     if config.stream:
         blocks = (*unet.input_blocks, unet.middle_block, *unet.output_blocks)
-        unet.weight_streamer = BlockStreamer(blocks, config.device, compute_dtype)
+        unet.weight_streamer = BlockStreamer([p for b in blocks for p in parts(b)], config.device, compute_dtype)
     for network in (unet, control_model):
         network.compute_dtype, network.gradient_checkpointing = compute_dtype, config.gradient_checkpointing
         for p in network.parameters():
@@ -172,3 +172,17 @@ def ema_weights(trainer: Trainer) -> Iterator[None]:
     finally:
         for name, weights in kept.items():
             trainer.trainable[name].data = weights
+
+
+@contextlib.contextmanager
+def resting_weights(trainer: Trainer) -> Iterator[None]:
+    """While entered, the ControlNet of a run with `stream` is in CPU memory: on a small GPU the VAE's decoder needs the
+    room. The numbers stay the same."""
+    weights = list(trainer.model.control_model.parameters()) if trainer.config.stream else []
+    for p in weights:
+        p.data = to_pinned_cpu(p.data)
+    try:
+        yield
+    finally:
+        for p in weights:
+            p.data = p.data.to(trainer.config.device, copy=True)
