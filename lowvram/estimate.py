@@ -37,7 +37,15 @@ from lowvram.optimizer import AdamW
 from lowvram.process import GIB
 from training.cache import PROMPTS_AT_ONCE, prepare_batch, text_shape
 from training.distributed import Ranks
-from training.setup import Trainer, build_trainer, ema_weights, resting_weights, select_trainable, zero_grad
+from training.setup import (
+    Trainer,
+    build_trainer,
+    ema_weights,
+    loading_formats,
+    resting_weights,
+    select_trainable,
+    zero_grad,
+)
 from weights.control_depth import depth_from_text
 from weights.source import ModelSource, read_model
 
@@ -426,10 +434,11 @@ def trained_shapes(config: Config, model_config: ModelConfig) -> list[torch.Size
 
 
 def cpu_memory(config: Config, model_config: ModelConfig) -> int:
-    """Bytes that training takes in the CPU's memory, beside the program.
+    """Bytes that training takes in the CPU's memory, beside the program and where a GPU computes.
 
     These are the VAE's decoder while it waits for the next picture, the optimizer (weights, gradients, moments) and the
-    streamed blocks; or, if that is more, the whole model while it is loaded. Pinned memory comes in powers of two.
+    streamed blocks; or, if that is more, the whole model while it is loaded (files are mapped, and do not count), or
+    UNet and ControlNet beside the optimizer's copies. Pinned memory comes in powers of two.
     """
     with torch.device("meta"):
         model = ControlLDM(model_config, config.hint_channels)
@@ -437,14 +446,20 @@ def cpu_memory(config: Config, model_config: ModelConfig) -> int:
     frozen = [p.numel() for p in model.unet.parameters() if not p.requires_grad]
     pinned = lambda counts, width: sum(1 << (n * width - 1).bit_length() for n in counts)
     width = PRECISIONS[config.precision].itemsize
-    training = width * sum(p.numel() for module in model.vae.decoding for p in module.parameters()) * config.cache
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    decoder = width * sum(map(count, model.vae.decoding)) * config.cache
+    training = decoder
     if config.optimizer_on_cpu:
         moments = 2 * config.optimizer_bits // 8
         training += 2 * pinned(trained, 4) + sum(trained) * (moments + 4 * bool(config.ema_decay))
     if config.stream:
         training += pinned(frozen, width)
-    loading = 4 * sum(p.numel() for p in model.parameters()) + config.optimizer_on_cpu * 2 * pinned(trained, 4)
-    return max(training, loading)
+    formats = loading_formats(config)
+    networks = sum(frozen) * formats["unet_dtype"].itemsize + 4 * (count(model.unet) - sum(frozen))
+    networks += count(model.control_model) * formats["control_dtype"].itemsize
+    loading = networks + 4 * count(model.vae) + count(model.text) * formats["text_dtype"].itemsize
+    copying = networks + decoder + config.optimizer_on_cpu * 2 * pinned(trained, 4)
+    return max(training, loading, copying)
 
 
 def open_data(config: Config) -> data.FolderDataset:

@@ -7,13 +7,13 @@ attach    writes a file of the published keys, shapes and size (a pickle with th
           shapes with the inventory
 exchange  exports the whole for diffusers and lets diffusers and transformers compute with it, beside our own; of SDXL
           one network at a time, weights in bfloat16 (with --compute fp32 12 GiB of private memory, otherwise less)
-step      trains some steps with train.py in each precision; SDXL in bf16 and with the settings of --memory 6gb alone, for
-          which 24 GiB of memory suffice
+step      trains some steps with train.py in each precision; SDXL in bf16 with --memory 6gb, for which 24 GiB suffice
 """
 
 import argparse
 import gzip
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -248,8 +248,10 @@ def exchange(model: str, work: Path) -> None:
 
 def step(model: str, work: Path, precisions: list[str], resolution: int, steps: int, memory: str) -> None:
     base = base_file(model, work)
-    if not base.exists():
-        write_base(model, base)
+    if not base.exists():  # in a process of its own, with which the memory that it took ends
+        writer = multiprocessing.Process(target=write_base, args=(model, base))
+        writer.start()
+        writer.join()
     circles.make(work / "circles", 20, resolution)
     for precision in precisions:
         folder = work / f"run-{model}-{precision}"
