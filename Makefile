@@ -12,6 +12,9 @@ HINT ?= $(MODEL)/hint.png
 PROMPT ?= light sea green circle with dark salmon background
 HUB := https://huggingface.co
 
+# Modules are compiled when they are first imported, and the result is kept: pip would compile all of PyTorch.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup train play sample data pretrain merge bench test lint format fill50k sd15 clean
 
@@ -21,11 +24,11 @@ help:  ## list the targets
 .venv/.run: requirements.txt
 	@test -x $(PY) || $(PYTHON) -m venv .venv
 	@echo "setting up .venv (once; PyTorch is large)"
-	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
 	@touch $@
 
 .venv/.dev: requirements-dev.txt .venv/.run
-	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-dev.txt
 	@touch $@
 
 setup: .venv/.run  ## make .venv with what training needs

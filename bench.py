@@ -81,7 +81,7 @@ class OurStep:
         if not config.cache:
             batch = {k: v for k, v in batch.items() if k != "context"} | {"prompt": ["a circle"] * config.batch_size}
         self.trainer, self.batches = build_trainer(config, model), itertools.repeat(batch)
-        self.loss = torch.compile(train.diffusion_loss, dynamic=False) if config.compile else train.diffusion_loss
+        self.loss = train.compiled_loss() if config.compile else train.diffusion_loss
 
     def __call__(self) -> None:
         self.trainer.config.steps = self.trainer.step + 1
@@ -182,7 +182,7 @@ def serve(task: str, who: str, name: str, config: Config) -> None:
     of matrices. peak: most GiB of memory so far.
     """
     torch.manual_seed(0)
-    use_tf32(config.precision == "tf32")
+    use_tf32(config.precision != "fp32")
     if config.device.startswith("cuda:"):
         torch.cuda.set_device(config.device)
     if who == "ours":
@@ -507,7 +507,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         settings = {k: v for k, v in vars(args).items() if k in STEP_SETTINGS | {"log_steps"}}
         config = Config(base=args.model, out="none", resolution=str(side), clip_grad_norm=1.0, **settings)
-        config = resolve(config, "fast" if config.memory == "auto" else config.memory)
+        config = resolve(config, "exact" if config.memory == "auto" else config.memory)
         validate(config)
         measure = measure_step if args.command == "step" else measure_sample
         result = measure(config, args.model, args.repeat, bool(args.against))

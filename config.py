@@ -2,11 +2,14 @@
 
 A field of `Config` is a flag of the same name (`batch_size`, `--batch-size`). Beside its default stand its group, its
 help text, and its choices or its range. Later sources win: defaults, then the demo or the resumed run, then flags.
+
+The functions that need PyTorch import it themselves: `--help` and a wrong flag are answered without it.
 """
 
 import argparse
 import dataclasses
 import math
+import os
 import re
 import types
 from collections.abc import Callable, Collection, Sequence
@@ -15,17 +18,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
-import torch
-
-import data
-from ldm import PRECISIONS, TINY
+from lowvram.presets import GPU_PRESETS as GPU_PRESETS
 from lowvram.presets import PRESETS, allowed_weight_dtypes
 from lowvram.presets import resolve as resolve
-from training.distributed import world_size
-from training.images import MAX_MEGAPIXELS
+from training.files import MAX_MEGAPIXELS
 from training.layouts import COLUMNS_HELP, DATA_HELP, HINTS_HELP, short_name
-from weights.runs import load_run, run_of
 
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")  # the keys of `precision.PRECISIONS`
 TINY_BASE = Path(__file__).parent / "models" / "tiny_sd.safetensors"
 INF = math.inf
 
@@ -36,11 +35,25 @@ class ConfigError(ValueError):
 
 def default_device() -> str:
     """The device that computes if none is named: a GPU by CUDA, a GPU by MPS (Apple), otherwise the CPU."""
+    import torch
+
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def default_workers() -> int:
+    """How many processes load samples if no number is given: 2 beside a GPU."""
+    return 2 if default_device() == "cuda" else 0
+
+
+def world_size() -> int:
+    """The number of processes that train together: what torchrun says, otherwise 1."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def device(name: str) -> str:
     """`name`, if it is a device that this PyTorch can compute on. Otherwise raises argparse.ArgumentTypeError."""
+    import torch
+
     try:
         kind, index = torch.device(name).type, torch.device(name).index or 0
     except RuntimeError:
@@ -65,8 +78,12 @@ def check_device(name: str) -> None:
 def setting(
     default: Any, group: str, text: str, choices: Sequence[Any] | None = None, low: float = -INF, high: float = INF
 ) -> Any:
-    """A field of `Config`: its default, its group in --help, its help text, and its choices or its range."""
-    return field(default=default, metadata=dict(group=group, help=text, choices=choices, low=low, high=high))
+    """A field of `Config`: its default, its group in --help, its help text, and its choices or its range.
+
+    `default`: a value, or a function whose result is the default; the help text then has to say which it is.
+    """
+    metadata = dict(group=group, help=text, choices=choices, low=low, high=high)
+    return field(**{"default_factory" if callable(default) else "default": default}, metadata=metadata)
 
 
 @dataclass
@@ -163,7 +180,10 @@ class Config:
         ("adamw", "muon"),
     )  # fmt: skip
     learning_rate: float = setting(1e-5, "optimization", "learning rate of AdamW", low=0)
-    muon_rate: float = setting(0.02, "optimization", "learning rate of Muon, on the schedule of --learning-rate", low=0)
+    muon_rate: float = setting(
+        5e-4, "optimization",
+        "learning rate of Muon, on the schedule of --learning-rate; 0.02 in the demo, for the tiny base", low=0,
+    )  # fmt: skip
     warmup_steps: int = setting(0, "optimization", "steps over which the learning rate rises from 0", low=0)
     lr_steps: int = setting(
         0, "optimization", "steps over which the learning rate falls; 0: --steps, and on resume as before", low=0
@@ -191,13 +211,17 @@ class Config:
         0, "optimization",
         "seed of all randomness, together with the number of the sample", low=-(2**63), high=2**63 - 1,
     )  # fmt: skip
-    device: str = setting(default_device(), "optimization", "device that computes: cuda, cuda:1, mps or cpu")
+    device: str = setting(
+        default_device, "optimization",
+        "device that computes: cuda, cuda:1, mps or cpu (default: the first of these that is there)",
+    )  # fmt: skip
 
     memory: str = setting(
-        "auto", "memory", "preset for the settings below; auto: the first preset that fits the GPU", ("auto", *PRESETS)
-    )
+        "auto", "memory",
+        "preset for the settings below; auto: the fastest that fits the GPU, exact without CUDA", ("auto", *PRESETS),
+    )  # fmt: skip
     precision: str | None = setting(
-        None, "memory", "number format of the computation and of frozen weights", tuple(PRECISIONS)
+        None, "memory", "number format of the computation and of frozen weights", PRECISIONS
     )
     gradient_checkpointing: bool | None = setting(
         None, "memory", "compute activations again in the backward pass instead of keeping them: a third slower"
@@ -250,12 +274,9 @@ class Config:
     )
     cache_dir: str = setting("data/.cache", "data loading", "folder of the cache, which runs share")
     workers: int = setting(
-        2 if torch.cuda.is_available() else 0,
-        "data loading",
-        "processes that load samples ahead; 0: none",
-        low=0,
-        high=256,
-    )
+        default_workers, "data loading",
+        "processes that load samples ahead; 0: none (default: 2 beside a GPU, otherwise 0)", low=0, high=256,
+    )  # fmt: skip
 
     logger_freq: int = setting(
         300, "logging", "steps between image logs and measurements of the control gain; 0: never", low=0
@@ -284,11 +305,22 @@ class Config:
         return self.batch_size * self.accumulate_grad_batches * world_size()
 
 
+# How the weights move: `--recipe`. The tutorial's is the default; docs/convergence.md has what the other one buys.
+RECIPES = {
+    "tutorial": dict(
+        optimizer="adamw", warmup_steps=0, lr_schedule="constant", weight_decay=1e-2, clip_grad_norm=0.0,
+        even_timesteps=False,
+    ),
+    "fast": dict(
+        optimizer="muon", warmup_steps=20, lr_schedule="cosine", weight_decay=0.0, clip_grad_norm=1.0,
+        even_timesteps=True,
+    ),
+}  # fmt: skip
 # `python train.py` without flags.
-DEMO = dict(
-    base=str(TINY_BASE), data="data/circles", out="runs/demo", steps=1100, batch_size=8, learning_rate=2e-3,
-    warmup_steps=20, lr_schedule="cosine", timestep_bias=0.4, even_timesteps=True, weight_decay=0.0, clip_grad_norm=1.0,
-    logger_freq=100, log_steps=10, validation=16, channels_last=True, drop_prompt=0.1,
+DEMO = RECIPES["fast"] | dict(
+    base=str(TINY_BASE), data="data/circles", out="runs/demo", steps=600, batch_size=8, learning_rate=2e-3,
+    muon_rate=0.02, timestep_bias=0.4, logger_freq=100, log_steps=10, validation=16, channels_last=True,
+    drop_prompt=0.1,
 )  # fmt: skip
 # `base`, `vae`, `data`, `hints` and `columns` may be others on resume, for the same weights and the same rows.
 FIXED_ON_RESUME = (
@@ -315,6 +347,13 @@ class CommandLine(NamedTuple):
 
 def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def written_flag(name: str, value: Any) -> str:
+    """A setting as one writes it on a command line: --batch-size 4, --no-cache."""
+    if isinstance(value, bool):
+        return flag_name(name if value else f"no_{name}")
+    return f"{flag_name(name)} {value:g}" if isinstance(value, float) else f"{flag_name(name)} {value}"
 
 
 def field_type(name: str) -> type:
@@ -349,7 +388,8 @@ def add_flags(parser: argparse.ArgumentParser, names: Collection[str] = Config._
             continue
         group_name, text, choices = (f.metadata[k] for k in ("group", "help", "choices"))
         group = groups.get(group_name) or groups.setdefault(group_name, parser.add_argument_group(group_name))
-        default = f" (default: {'of the preset' if f.default is None else f.default})" if f.default != "" else ""
+        told = f.default in ("", dataclasses.MISSING)  # by the help text, where there is something to tell
+        default = "" if told else f" (default: {'of the preset' if f.default is None else f.default})"
         kind, settings = field_type(f.name), dict(help=text + default, default=argparse.SUPPRESS)
         if kind is bool:
             settings |= dict(action=argparse.BooleanOptionalAction)
@@ -360,9 +400,10 @@ def add_flags(parser: argparse.ArgumentParser, names: Collection[str] = Config._
         group.add_argument(flag_name(f.name), **settings)
 
 
-def parse(argv: list[str] | None) -> CommandLine:
-    """Flags -> what is asked for. Later sources win: defaults, demo or resumed run, flags."""
+def parse_flags(argv: list[str] | None) -> dict[str, Any]:
+    """The flags that are given to train.py, and their values."""
     parser = argparse.ArgumentParser(
+        usage="train.py [--base FILE --data FOLDER | --resume RUN] [settings]",
         description="Train a ControlNet. Without --base and --data: the demo, circles on the tiny base model. With "
         "--data alone: your own data on the tiny base model, as the demo trains.",
         argument_default=argparse.SUPPRESS,
@@ -377,6 +418,12 @@ def parse(argv: list[str] | None) -> CommandLine:
         help="write RUN/report.html from what the run left, or a page that compares several (--out: its file); "
         "train nothing",
     )  # fmt: skip
+    rows = (f"{name}: {' '.join(written_flag(k, v) for k, v in row.items())}" for name, row in RECIPES.items())
+    parser.add_argument(
+        "--recipe", choices=RECIPES, metavar="NAME",
+        help=f"settings for how the weights move, each also a flag ({'; '.join(rows)}; default: tutorial, for the tiny "
+        "base model fast)",
+    )  # fmt: skip
     plan_group = parser.add_argument_group("planning")
     positive = number(float, 1e-9)
     plan_group.add_argument(
@@ -390,13 +437,24 @@ def parse(argv: list[str] | None) -> CommandLine:
         "--rate", type=positive, metavar="N", help="with --plan: images a second, from which the time follows"
     )
     add_flags(parser)
-    given = vars(parser.parse_args(argv))
+    return vars(parser.parse_args(argv))
+
+
+def parse(argv: list[str] | None) -> CommandLine:
+    """Flags -> what is asked for. Later sources win: defaults, demo or resumed run, recipe, flags."""
+    from ldm import TINY
+
+    given = parse_flags(argv)
     once = ("resume", "overwrite", "data_changed", "plan", "vram", "rate", "report")  # flags that are no settings
     resume, overwrite, data_changed, plan, vram, rate, report = (given.pop(k, None) for k in once)
     if report:
         if given.keys() - {"out"} or resume or overwrite or data_changed or plan:
             raise ConfigError("--report writes a page and trains nothing: it goes with --out FILE alone")
         return CommandLine(Config(out=given.get("out", "")), None, False, False, False, None, None, report=report)
+    if "recipe" in given:
+        if resume:
+            raise ConfigError("--recipe belongs to a new run; a resumed run keeps its settings")
+        given = RECIPES[given.pop("recipe")] | given
     trial = not resume and "data" in given and "base" not in given
     if (vram or rate) and not plan:
         raise ConfigError("--vram and --rate belong to --plan, which is not given")
@@ -423,11 +481,14 @@ def parse(argv: list[str] | None) -> CommandLine:
 
 def resumed_settings(run: str, given: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that is continued with the flags `given`. ConfigError for a flag that cannot change."""
+    from data import parse_resolution
+    from weights.runs import load_run, run_of
+
     settings = {k: v for k, v in load_run(run_of(run)).items() if k in Config.__dataclass_fields__}
     settings = dict(buckets=False) | settings  # a run from before there were buckets has none
     if "memory" in given:
-        settings = {k: v for k, v in settings.items() if k not in PRESETS["fast"]}
-    plain = lambda name, value: data.parse_resolution(value) if name == "resolution" else value
+        settings = {k: v for k, v in settings.items() if k not in PRESETS["exact"]}
+    plain = lambda name, value: parse_resolution(value) if name == "resolution" else value
     for name in FIXED_ON_RESUME:
         if name in given and name in settings and plain(name, given[name]) != plain(name, settings[name]):
             raise ConfigError(f"{run}: {flag_name(name)} cannot change on resume; it was {settings[name]!r}")

@@ -19,7 +19,6 @@ their own names.
     python data.py hints PHOTOS DATA --kind canny   make photos a data set: see training/photos.py
 """
 
-import argparse
 import copy
 import shlex
 import sys
@@ -28,6 +27,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from flags import parse_data
+from training.console import protect_output
+
+if __name__ == "__main__":  # --help and wrong flags are answered before the imports below, which take seconds
+    protect_output()
+    parse_data(None)
 
 import numpy as np
 import torch
@@ -40,7 +46,6 @@ from training import images, inspection, layouts, photos, verify
 from training.buckets import Framed, bucket_sizes, choose_size
 from training.buckets import fit_size as fit_size
 from training.buckets import parse_resolution as parse_resolution
-from training.console import protect_output
 from training.files import MAX_MEGAPIXELS, DataError, File, one_line, read_bytes
 from training.images import RESAMPLE, Reading, Size, resize
 from training.images import fraction_cut as fraction_cut
@@ -57,7 +62,7 @@ from training.layouts import read_rows as read_rows
 from training.loading import load
 from training.order import BucketOrder, shuffled
 from training.randomness import SampleRandomness, derive_seed, digest
-from training.rows import check_aspects, further_keys, keys_of_all
+from training.rows import VALUES, check_aspects, further_keys, keys_of_all
 
 
 # ----------------------------------------------------------------------------------------------------------- data sets
@@ -268,7 +273,7 @@ class ArrayDataset(Framed):
         if target:
             known["jpg"] = resize(jpg, framed[0], Image.Resampling.LANCZOS, *framed[1:]).clip(-1, 1)
         try:
-            return further_keys(item, ("jpg", "txt", "hint")) | known
+            return further_keys(item, ("jpg", "txt", "hint"), (*VALUES, Tensor)) | known
         except DataError as e:
             raise DataError(f"item {i} of the data set: {e}") from e
 
@@ -417,40 +422,14 @@ def check(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Look at one pair of a data set, check all, or make one of photos.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    show_parser = commands.add_parser("show", help="print one pair's prompt and shapes, and save the pair as a picture")
-    check_parser = commands.add_parser("check", help="read every row and report all problems; exit status 1 if any")
-    photos.add_arguments(commands.add_parser("hints", help="make a folder of photos a data set of hints and photos"))
-    for p in (show_parser, check_parser):
-        add = p.add_argument
-        add("data", help=layouts.DATA_HELP)
-        add("--hints", default="", metavar="FOLDER", help=layouts.HINTS_HELP)
-        add("--columns", default="", metavar="ROLE=NAME,...", help=layouts.COLUMNS_HELP)
-        add("--follow-links", action="store_true", help="follow links that lead out of the folder")
-        add("--max-megapixels", type=float, default=MAX_MEGAPIXELS, metavar="N", help="largest image to read")
-        add("--hint-scale", type=float, default=0.0, metavar="N", help="value of the hint files that is white")
-    add = show_parser.add_argument
-    add("number", nargs="?", type=int, default=0, help="number of the pair, counted from 0 (default 0)")
-    add("--out", default="pair.png", help="picture file for hint and target side by side (default pair.png)")
-    add = check_parser.add_argument
-    add("--resolution", default="", metavar="SIZE", help="report what training at this size, N or WxH, cuts off")
-    add("--buckets", action="store_true", help="report the sizes that train.py --buckets makes of --resolution (512)")
-    add("--multiple", type=int, default=64, metavar="N", help="what the model divides sides by (default 64)")
-    add("--sheet", default="", metavar="FILE", help="save a picture of 12 random rows: hint, target, prompt")
-    add("--seed", type=int, default=0, metavar="N", help="another seed shows other rows on the sheet (default 0)")
-    args = parser.parse_args(argv)
+    args = parse_data(argv)
     if args.command == "hints":
         return photos.run(args, None if args.size == "0" else parse_resolution(args.size))
-    if not (args.max_megapixels > 0 and 0 <= args.hint_scale < float("inf")):
-        parser.error("--max-megapixels must be above 0, --hint-scale at least 0")
     names = ("hint_scale", "follow_links", "max_megapixels", "hints", "columns")
     settings = {name: getattr(args, name) for name in names}
     if args.command == "show":
         inspection.show(FolderDataset(args.data, hint_channels=None, **settings), args.number, args.out)
         return 0
-    if args.multiple < 1:
-        parser.error("--multiple must be at least 1")
     wanted = args.resolution or ("512" if args.buckets else "")
     size = choose_size(wanted, (0, 0), args.multiple) if wanted else None
     buckets = bucket_sizes(size, args.multiple) if args.buckets else ()
@@ -465,7 +444,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    protect_output()
     try:
         sys.exit(main())
     except (DataError, OSError) as e:

@@ -25,14 +25,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flags import parse_merge as parse
+from training.console import protect_output
+
+if __name__ == "__main__":  # --help and wrong flags are answered before the imports below, which take seconds
+    protect_output()
+    parse(sys.argv[1:])
+
 import torch
 from torch import Tensor
 
-from config import number
 from controlnet import new_weights
 from ldm import PRECISIONS, ControlLDM, ModelConfig
 from sampler import noise_schedule
-from training.console import protect_output
 from training.images import one_line
 from weights.clients import bare_names, lost_in_pickle, modelspec, notes, size_in_words, widen_hint
 from weights.configs import CheckpointError, is_run, load_json, metadata_config
@@ -274,77 +279,6 @@ def with_global_pool(metadata: Mapping[str, str], pooled: bool) -> dict[str, str
 
 
 # --------------------------------------------------------------------------------------------------------------- CLI
-def parse(argv: list[str]) -> argparse.Namespace:
-    commands = ("attach", "extract", "transfer", "export", "info", "-h", "--help")
-    if argv and argv[0] not in commands:
-        argv = ["attach", *argv]  # python merge.py INPUT OUTPUT
-    parser = argparse.ArgumentParser(description="Attach, extract, carry over and export ControlNets; look into files.")
-    sub = parser.add_subparsers(dest="command", required=True)
-    p = sub.add_parser("attach", help="add a new ControlNet to a Stable Diffusion model (also: merge.py INPUT OUTPUT)")
-    p.add_argument("input", help="a Stable Diffusion file or diffusers folder")
-    p.add_argument("output", help="the file to write: .safetensors or .ckpt")
-    p.add_argument(
-        "--hint-channels",
-        type=number(int, 1, 1024),
-        default=3,
-        help="number of channels of the hint images (default 3)",
-    )
-    p.add_argument(
-        "--control-depth", default="",
-        help="blocks in the ControlNet's transformers: full (as the UNet), mid, small, or one number for each level of "
-        "the UNet, as 0,1,4 (default: full)",
-    )  # fmt: skip
-    p.add_argument(
-        "--seed",
-        type=number(int, -(2**63), 2**63 - 1),
-        default=0,
-        help="seed of the hint encoder's initial weights (default 0)",
-    )
-    q = sub.add_parser("extract", help="write the ControlNet alone")
-    q.add_argument("input", help="a file with a ControlNet, a diffusers folder, or the folder of a run")
-    q.add_argument("output", help="the file to write: .safetensors or .ckpt; with --format diffusers a folder")
-    q.add_argument(
-        "--format", choices=("original", "diffusers"), default="original",
-        help="original: keys control_model.* as Automatic1111 and ComfyUI read them (default); diffusers: a folder",
-    )  # fmt: skip
-    q.add_argument(
-        "--difference", metavar="BASE", help="write the difference to the UNet of the model BASE (not for diffusers)"
-    )
-    q.add_argument(
-        "--hint-channels", type=number(int, 1, 1024),
-        help="3 widens a ControlNet for gray hints: other programs give every ControlNet images of 3 channels",
-    )  # fmt: skip
-    q.add_argument("--bare", action="store_true", help="keys without the prefix control_model., as kohya's tools read")
-    r = sub.add_parser("transfer", help="carry a ControlNet over to another base model")
-    r.add_argument("--from-base", required=True, help="the base model on which the ControlNet was trained")
-    r.add_argument("--control", required=True, help="that model with its ControlNet, the ControlNet alone, or a run")
-    r.add_argument("--to-base", required=True, help="the base model to which the ControlNet is carried over")
-    r.add_argument("output", help="the file to write, the second model with the ControlNet: .safetensors or .ckpt")
-    s = sub.add_parser("export", help="write a whole model as a folder for diffusers or as one file")
-    s.add_argument("input", help="a Stable Diffusion file with or without ControlNet, a diffusers folder, or a run")
-    s.add_argument("output", help="the folder, or the .safetensors or .ckpt file, to write")
-    s.add_argument("--base", default="", help="with a run: the base model, if it has moved or another one is wanted")
-    s.add_argument("--control", default="", help="file or folder of a ControlNet to put into the model")
-    s.add_argument(
-        "--prediction",
-        choices=("auto", "eps", "v"),
-        default="auto",
-        help="what the UNet predicts (v: SD 2.1 at 768 px)",
-    )
-    for each in (p, s):
-        each.add_argument("--vae", default="", help="file or folder of a VAE that replaces the model's VAE")
-        each.add_argument("--ema", action="store_true", help="use the moving average of the UNet (model_ema.*)")
-    for each in (p, q, r, s):
-        each.add_argument(
-            "--dtype", choices=("fp32", "fp16", "bf16"),
-            help="store the weights in this precision (default: that of the inputs; a folder has one for all)",
-        )  # fmt: skip
-        each.add_argument("--half", action="store_const", dest="dtype", const="fp16", help="short for --dtype fp16")
-        each.add_argument("--force", action="store_true", help="replace an existing output")
-    sub.add_parser("info", help="say what a file, folder or run holds").add_argument("input", help="where to look")
-    return parser.parse_args(argv)
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse(list(sys.argv[1:] if argv is None else argv))
     if args.command == "info":
@@ -427,7 +361,6 @@ def run_export(args: argparse.Namespace, folder: bool) -> Output:
 
 
 if __name__ == "__main__":
-    protect_output()
     try:
         main()
     except (ValueError, OSError) as e:

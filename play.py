@@ -15,33 +15,26 @@ import sys
 import threading
 import webbrowser
 
-from config import default_device, device, number
-from ldm import PRECISIONS
+from config import default_device
+from flags import parse_play
+from training.console import protect_output
+
+if __name__ == "__main__":  # --help and wrong flags are answered before the imports below, which take seconds
+    protect_output()
+    parse_play(None)
+
 from playground.model import Choices, load, missing_model
 from playground.routes import Routes
 from playground.server import Server, is_loopback
-from training.console import protect_output
 from training.images import one_line
 from weights import CheckpointError
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="play.py", description="Open a page on which one draws hints and sees the ControlNet obey.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
-    add = parser.add_argument
-    add("--model", default="runs/demo", help="folder of a training run, Stable Diffusion file, or diffusers folder")
-    add("--base", default="", help="with a run: another base model than its own, or where that is now")
-    add("--control", action="append", default=[],
-        help="a further ControlNet to offer (file, folder or run of the same base); any number of times")  # fmt: skip
-    add("--vae", default="", help="file or folder of a VAE that replaces the model's")
-    add("--device", type=device, default=default_device(), help="device that computes: cuda, cuda:1, mps or cpu")
-    add("--precision", choices=tuple(PRECISIONS), default="fp32", help="number format of weights and computation")
-    add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets the whole network draw")
-    add("--port", type=number(int, 0, 65535), default=7860, help="port to listen at; 0 takes a free one")
-    add("--browser", action=argparse.BooleanOptionalAction, default=True, help="open the page in the browser")
-    return parser.parse_args(argv)
+    """What the command line asks for (see `flags.parse_play`), with the device that computes."""
+    args = parse_play(argv)
+    args.device = args.device if "device" in args else default_device()
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -82,7 +75,6 @@ def has_screen() -> bool:
 
 
 if __name__ == "__main__":
-    protect_output()
     try:
         main()
     except (ValueError, OSError) as e:  # a bad input: one line, no traceback

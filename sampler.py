@@ -23,6 +23,13 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
+if __name__ == "__main__":  # --help and wrong flags are answered before the imports below, which take seconds
+    from drawing.request import parse_flags
+    from training.console import protect_output
+
+    protect_output()
+    parse_flags(None, solvers=None)
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -41,11 +48,11 @@ def alphas_cumprod(config: ModelConfig = SD15, device: torch.device | str = "cpu
 
     `noise_schedule` in the precision of training and drawing.
     """
-    return _alphas(config.linear_start, config.linear_end, config.timesteps, config.zero_terminal_snr).to(device)
+    return alphas_tensor(config.linear_start, config.linear_end, config.timesteps, config.zero_terminal_snr).to(device)
 
 
-@torch.compiler.assume_constant_result
-def _alphas(start: float, end: float, timesteps: int, zero_terminal: bool) -> Tensor:
+def alphas_tensor(start: float, end: float, timesteps: int, zero_terminal: bool) -> Tensor:
+    """The cumulated alphas of `noise_schedule`, (timesteps,) float32."""
     return torch.from_numpy(noise_schedule(start, end, timesteps, zero_terminal)[1]).float()
 
 
@@ -430,7 +437,7 @@ def parse(argv: Sequence[str] | None = None) -> Any:
     """What the command line asks for, a `drawing.request.Request`."""
     from drawing.request import parse
 
-    return parse(argv)
+    return parse(argv, tuple(SOLVERS))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -24,6 +24,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from config import DEMO, Config, check_device, parse, parse_flags
+from training.console import protect_output
+
+if __name__ == "__main__":  # --help and wrong flags are answered before the imports below, which take seconds
+    protect_output()
+    parse_flags(None)
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -31,12 +38,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from config import DEMO, Config, check_device, parse
 from ldm import ControlLDM, use_tf32
 from lowvram.estimate import choose_preset, describe_memory, plan, suggest_flags
 from lowvram.process import disable_malloc_trim, peak_memory
 from report.page import RunPage, write_report
-from sampler import alphas_cumprod, q_sample, velocity
+from sampler import alphas_cumprod, alphas_tensor, q_sample, velocity
 from toy import circles
 from training.cache import VAE_ENCODER, fingerprint, prepare_batch
 from training.checkpoints import (
@@ -46,7 +52,6 @@ from training.checkpoints import (
     save_checkpoint,
     set_later_aside,
 )
-from training.console import protect_output
 from training.distributed import Ranks
 from training.history import History, dataset_facts, machine
 from training.interruption import Interruption
@@ -93,6 +98,13 @@ def diffusion_loss(
         snr = alphas / (1 - alphas)
         loss = loss * snr.clamp(max=min_snr_gamma) / (snr + 1 if predicts_v else snr)
     return loss
+
+
+def compiled_loss(dynamic: bool = False) -> Callable[..., Tensor]:
+    """`diffusion_loss` with kernels made by torch.compile, in which the noise schedule is a constant. `dynamic`: for
+    images of several sizes."""
+    torch.compiler.assume_constant_result(alphas_tensor)
+    return torch.compile(diffusion_loss, dynamic=dynamic)
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -261,7 +273,7 @@ def train(
         trainer.rows = rows
         if folder:
             restore_state(trainer, folder, state)
-        loss_fn = torch.compile(diffusion_loss, dynamic=config.buckets) if config.compile else diffusion_loss
+        loss_fn = compiled_loss(config.buckets) if config.compile else diffusion_loss
         validation = None
         if ranks.main:
             run_folder.prepare(anew=not folder)
@@ -337,7 +349,7 @@ def set_process_options(config: Config) -> None:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    use_tf32(config.precision == "tf32")
+    use_tf32(config.precision != "fp32")
     disable_malloc_trim()
 
 
@@ -384,7 +396,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    protect_output()
     try:
         main()
     except (ValueError, OSError) as e:  # a bad input (CheckpointError, DataError, ConfigError): one line, no traceback

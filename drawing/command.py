@@ -14,6 +14,7 @@ from drawing.metadata import KEY, parameters, read_parameters
 from drawing.pictures import Picture, plan
 from drawing.request import Request, parse
 from drawing.sheets import Sheet
+from sampler import SOLVERS
 from training.console import protect_output
 from training.images import one_line
 
@@ -32,7 +33,7 @@ def run_command(argv: Sequence[str] | None = None) -> str | int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw what the command line asks for."""
-    request = parse(argv)
+    request = parse(argv, tuple(SOLVERS))
     loaded = load(request)
     pictures = plan(request, loaded.model.config)
     tell_long_prompts(request, loaded, pictures)

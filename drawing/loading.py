@@ -63,7 +63,7 @@ def load(request: Request) -> Loaded:
             nets[key] = model.control_model if first else load_control(asked.control, model, request.model)
         controls.append(_with_reading(asked, nets[key], request.model))
     digest = weights_digest(model.unet, model.vae, model.text, more=model.config.to_json())
-    use_tf32(request.precision == "tf32")
+    use_tf32(request.precision != "fp32")
     disable_malloc_trim()
     dtype = compute_dtype_for(request.precision, request.device)
     for module in (model, *nets.values()):

@@ -16,12 +16,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import data
-from config import ConfigError, default_device, device, number
-from ldm import PRECISIONS
-from sampler import SOLVERS, SPACINGS
-from weights.runs import is_run
+from config import PRECISIONS, ConfigError, default_device, device, number
+from training.images import RESAMPLE
 
+SOLVERS = ("ddim", "dpm", "euler", "euler_a")  # the names of `sampler.SOLVERS`, known without PyTorch
+SPACINGS = ("leading", "trailing", "linspace", "karras")  # as `sampler.SPACINGS`
 MAX_NUMBERS = 300  # of seeds or strengths
 MAX_IMAGES = 100_000  # of one command or row
 
@@ -150,9 +149,11 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action) if told else action.help
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(solvers: Sequence[str] | None = SOLVERS) -> argparse.ArgumentParser:
+    """The flags of sampler.py. `solvers`: see `parse`."""
     parser = argparse.ArgumentParser(
         prog="sampler.py",
+        usage="sampler.py --model MODEL --prompt PROMPT [--hint HINT] [settings]",
         description="Draw images with trained ControlNets (or with a Stable Diffusion model alone).",
         formatter_class=_Help,
     )
@@ -166,8 +167,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--clip-skip", type=count, help="2 leaves out the last layer of the text encoder")
     add("--prediction", choices=("auto", "eps", "v"), default="auto",
         help="what the UNet predicts: v for SD 2.1 at 768 px, which auto judges by the weights")  # fmt: skip
-    add("--device", type=device, default=default_device(), help="device that computes: cuda, cuda:1, mps or cpu")
-    add("--precision", choices=tuple(PRECISIONS), default="fp32", help="number format of weights and computation")
+    add("--device", type=device, default=argparse.SUPPRESS,
+        help="device that computes: cuda, cuda:1, mps or cpu (default: the first of these that is there)")  # fmt: skip
+    add("--precision", choices=PRECISIONS, default="fp32", help="number format of weights and computation")
     add = parser.add_argument_group("picture").add_argument
     add("--prompt", help="what the images show")
     add("--negative-prompt", default="", help="what guidance leads away from")
@@ -175,7 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--denoise", type=fraction, default=argparse.SUPPRESS,
         help="with --init: how much is drawn anew, the fraction of --steps that is made (default: 0.75)")  # fmt: skip
     add("--steps", type=number(int, 1, 999), default=20, help="denoising steps")
-    add("--solver", choices=tuple(SOLVERS), default="ddim",
+    add("--solver", choices=solvers, metavar=f"{{{','.join(solvers or SOLVERS)}}}", default="ddim",
         help="dpm (DPM-Solver++ 2M) needs fewer steps; euler_a (Euler ancestral) adds fresh noise in each")  # fmt: skip
     add("--spacing", choices=("auto", *SPACINGS), default="auto",
         help="where the steps are: karras has more of them at little noise; auto: linspace for euler and euler_a, "
@@ -224,7 +226,7 @@ def _add_control_flags(add_argument: Callable, fraction: Callable) -> None:
         help="fraction of the steps at which control ends (default: 1.0)")  # fmt: skip
     add_argument("--only-mid-control", "--no-only-mid-control", default=argparse.SUPPRESS, action=_OfControl, nargs=0,
         help="use the residual of the middle block alone (default: as the run was trained)")  # fmt: skip
-    add("--hint-resample", choices=tuple(data.RESAMPLE),
+    add("--hint-resample", choices=tuple(RESAMPLE),
         help="filter that resizes the hint; nearest is for label maps (default: as the run, or area)")  # fmt: skip
     add("--hint-ground", choices=("auto", "black", "white"),
         help="what a transparent hint is laid on (default: as the run, or where it can be seen)")  # fmt: skip
@@ -232,13 +234,29 @@ def _add_control_flags(add_argument: Callable, fraction: Callable) -> None:
         help="value of the hint file that becomes white; 0: its format's largest (default: as the run)")  # fmt: skip
 
 
-def parse(argv: Sequence[str] | None = None) -> Request:
-    """Flags -> what is asked for. Raises ConfigError for flags that do not go together."""
-    parser = build_parser()
+def parse_flags(argv: Sequence[str] | None, solvers: Sequence[str] | None = SOLVERS) -> dict[str, Any]:
+    """The flags of a command line and their values, those of ControlNets in `groups`. `solvers`: see `parse`."""
+    parser = build_parser(solvers)
     values = vars(parser.parse_args(argv))
-    controls = control_requests(values["model"], values.pop("groups"))
-    if values["prompt"] is None and not values["prompts"] and not any(c.hints for c in controls):
+    if values["prompt"] is None and not values["prompts"] and not any(group.get("hints") for group in values["groups"]):
         parser.error("the following arguments are required: --prompt (or --prompts, or a data set at --hints)")
+    return values
+
+
+def is_run(path: str) -> bool:
+    """Whether `path` is the folder of a training run."""
+    from weights.runs import is_run
+
+    return is_run(path)
+
+
+def parse(argv: Sequence[str] | None = None, solvers: Sequence[str] | None = SOLVERS) -> Request:
+    """Flags -> what is asked for. Raises ConfigError for flags that do not go together.
+
+    `solvers`: the names that --solver may have; None: any.
+    """
+    values = parse_flags(argv, solvers)
+    controls = control_requests(values["model"], values.pop("groups"))
     for name in ("prompt", "negative_prompt"):
         if re.search("[\ud800-\udfff]", values[name] or ""):
             raise ConfigError(f"{flag_name(name)} is {values[name]!r}, should be UTF-8 text")

@@ -1,20 +1,17 @@
 """What does a run take: GPU memory, arithmetic, disk and time, without a GPU and without weights.
 
-    python train.py --plan --base sd15 --batch-size 4 --vram 8
+    python train.py --plan --base sd15 --batch-size 4 --vram 8      with every preset: memory, speed, largest batch
     python train.py --plan --base v1-5-pruned.safetensors --data data/fill50k --memory 6gb --rate 2.5
     python train.py --plan --resume runs/fill50k                    the time, at the speed of the run's steps so far
 
 The trainer that would train is built on fake tensors, which have shapes and no content. It makes a forward pass, a
-backward pass and an update, while `MemoryTracker` counts the bytes that are alive. What CUDA needs beside the tensors
-is allowed for by the two constants below.
+backward pass and an update, while `lowvram/tracking.py` counts the bytes that are alive and notes the operations, from
+which `lowvram/speed.py` reckons the speed. What CUDA needs beside the tensors is allowed for by two constants.
 """
 
 import dataclasses
 import math
-import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
-from config import PRESETS, Config, resolve, validate
+from config import GPU_PRESETS, PRESETS, Config, resolve, validate
 from ldm import MODELS, PRECISIONS, ControlLDM, ModelConfig, compute_dtype_for
-from lowvram.muon import muon_flops
-from lowvram.offload import is_kept_on_cpu
+from lowvram.muon import is_matrix, muon_flops
 from lowvram.optimizer import AdamW
 from lowvram.process import GIB
+from lowvram.speed import COMMON, measure_machine, seconds
+from lowvram.tracking import MemoryTracker, Peak, measure
 from training.cache import PROMPTS_AT_ONCE, prepare_batch, text_shape
 from training.distributed import Ranks
 from training.setup import (
@@ -51,70 +47,6 @@ from weights.source import ModelSource, read_model
 
 WORKSPACE = 0.25 * GIB  # of cuBLAS and cuDNN, part of what PyTorch allocates
 CUDA_CONTEXT = 0.6 * GIB  # driver, kernels, fragmentation: what a GPU cannot give to tensors
-
-
-# -------------------------------------------------------------------------------------------------- counting live bytes
-@dataclass
-class Peak:
-    """The most memory that was alive at once, in bytes, and its parts by kind."""
-
-    total: int = 0
-    parts: Counter = field(default_factory=Counter)
-
-
-class MemoryTracker(TorchDispatchMode):
-    """While entered, counts the bytes of the storages that are alive, by kind; `peak` is the most there was.
-
-    known: kind -> tensors that exist already. Whatever is made is an "activation" until `label` says otherwise. Tensors
-    that are kept on the CPU on purpose (`to_pinned_cpu`) do not count.
-    """
-
-    def __init__(self, known: Mapping[str, Iterable[Tensor]]):
-        super().__init__()
-        self.storages: dict[int, tuple[str, int]] = {}  # of each that is alive: kind, bytes
-        self.live, self.peak = Counter(), Peak()
-        for kind, tensors in known.items():
-            for t in tensors:
-                self.label(t, kind)
-
-    def label(self, t: Tensor, kind: str) -> None:
-        """Count the storage of `t` as `kind`."""
-        storage = t.untyped_storage()
-        key = storage._cdata
-        if is_kept_on_cpu(t) or (key in self.storages and self.storages[key][0] == kind):
-            return
-        size = -(-storage.nbytes() // 512) * 512  # CUDA's allocator gives multiples of 512 bytes
-        if key in self.storages:
-            self.live[self.storages[key][0]] -= size
-        else:
-            weakref.finalize(storage, self._freed, key)
-        self.storages[key] = kind, size
-        self.live[kind] += size
-        total = sum(self.live.values())
-        if total > self.peak.total:
-            self.peak = Peak(total, Counter(self.live))
-
-    def _freed(self, key: int) -> None:
-        kind, size = self.storages.pop(key)
-        self.live[kind] -= size
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in self.storages:
-                self.label(t, "activations")
-        return out
-
-
-def measure(function: Callable[[MemoryTracker], None], known: Mapping[str, Iterable[Tensor]]) -> Peak:
-    """The peak memory of `function`, which is given the tracker to label what it makes.
-
-    known: kind -> tensors that exist before. With fake tensors nothing is computed and nothing is allocated.
-    """
-    tracker = MemoryTracker(known)
-    with tracker:
-        function(tracker)
-    return tracker.peak
 
 
 # ---------------------------------------------------------------------------------------------------------- prediction
@@ -236,23 +168,36 @@ def fake_step(trainer: Trainer, make_batch: Callable[[], dict[str, Tensor]], tra
     for p in trainer.trainable.values():
         p.register_post_accumulate_grad_hook(lambda p: tracker.label(p.grad, "gradients"))
     micro_batches = min(2, trainer.config.accumulate_grad_batches)  # the second finds the gradients of the first
+    tracker.times = trainer.config.accumulate_grad_batches / micro_batches
     for i in range(micro_batches):
         backward(trainer, make_batch(), last=i + 1 == micro_batches)
     trainer.home.wait_for_grads()
-    update_largest(trainer.optimizer)
+    update_largest(trainer.optimizer, tracker)
     trainer.home.upload_weights()
     zero_grad(trainer)
 
 
 @torch.no_grad()
-def update_largest(optimizer: torch.optim.Optimizer) -> None:
+def update_largest(optimizer: torch.optim.Optimizer, tracker: MemoryTracker) -> None:
     """The optimizer's step as far as memory is concerned: our optimizers move one parameter after the other, so the
-    largest one of each group will do."""
+    largest one of each group will do. `tracker` is told for how many it stands."""
+    tracker.times = 1.0
     if not isinstance(optimizer, AdamW):
         return optimizer.step()
     for group in optimizer.param_groups:
+        if not group["params"]:
+            continue
         largest = max(group["params"], key=lambda p: p.numel())
+        tracker.times = share_of_largest(group, largest)
         optimizer.update(largest, group["lr"], group["weight_decay"], group["betas"], group["eps"])
+
+
+def share_of_largest(group: dict[str, Any], largest: Tensor) -> float:
+    """How many times as much as for the `largest` of its parameters an optimizer computes for a whole group: by the
+    products with which Muon makes matrices orthogonal, otherwise by what is read and written."""
+    if "rate_factor" in group and is_matrix(largest):
+        return muon_flops([p.shape for p in group["params"]]) / muon_flops([largest.shape])
+    return sum(p.numel() for p in group["params"]) / largest.numel()
 
 
 def peak_without_grad(function: Callable[[], Tensor], known: Mapping[str, Iterable[Tensor]]) -> Peak:
@@ -269,8 +214,8 @@ def largest_peak(peaks: Mapping[str, Peak]) -> int:
 def flops(config: Config, model_config: ModelConfig, size: tuple[int, int]) -> int:
     """Floating-point operations of one image's part of a step: what the mathematics needs, with nothing computed twice,
     without VAE and text encoder."""
-    plain = dict(batch_size=1, device="cpu", cache=True, compile=False, memory="fast", accumulate_grad_batches=1)
-    config = resolve(dataclasses.replace(config, **plain, **dict.fromkeys(PRESETS["fast"])), "fast")
+    plain = dict(batch_size=1, device="cpu", cache=True, compile=False, memory="exact", accumulate_grad_batches=1)
+    config = resolve(dataclasses.replace(config, **plain, **dict.fromkeys(PRESETS["exact"])), "exact")
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):
         trainer = build_trainer(config, ControlLDM(model_config, config.hint_channels).requires_grad_(False))
         with FlopCounterMode(display=False) as counter:
@@ -283,15 +228,15 @@ def choose_preset(config: Config, ranks: Ranks) -> Config:
     """`config` with all settings about memory filled in from its preset, and checked.
 
     "auto" becomes the fastest preset that fits into the GPU's free memory, the same on all ranks; on other devices
-    "fast". Raises CheckpointError for settings that exclude each other.
+    "exact". Raises CheckpointError for settings that exclude each other.
     """
-    preset, all_given = config.memory, all(getattr(config, name) is not None for name in PRESETS["fast"])
+    preset, all_given = config.memory, all(getattr(config, name) is not None for name in PRESETS["exact"])
     if preset == "auto":
-        preset = "fast"
+        preset = "exact"
         if "cuda" in config.device and torch.cuda.is_available() and config.base and not all_given:
             free = ranks.min(torch.cuda.mem_get_info(config.device)[0])
             fits = fastest_preset(config, *model_and_size(config), free)[0]
-            preset = fits or list(PRESETS)[-1]
+            preset = fits or GPU_PRESETS[-1]
             reason = "the fastest preset that fits" if fits else "the leanest preset, although none fits"
             print(f"--memory {preset}: {reason} into the {free / GIB:.1f} GiB of GPU memory that are free")
     config = resolve(config, preset)
@@ -304,14 +249,37 @@ def choose_preset(config: Config, ranks: Ranks) -> Config:
 def fastest_preset(
     config: Config, model_config: ModelConfig, size: tuple[int, int], gpu_bytes: float
 ) -> tuple[str | None, dict[str, dict[str, Peak]]]:
-    """The first preset whose prediction fits into `gpu_bytes` of GPU memory (None if none does), and the predictions of
-    the presets that were tried."""
+    """The first of GPU_PRESETS whose prediction fits into `gpu_bytes` of GPU memory (None if none does), and the
+    predictions of the presets that were tried.
+
+    All but the tutorial's fp32, which takes more memory and, on every GPU since 2020, several times as long.
+    """
     predictions = {}
-    for name in tqdm(PRESETS, desc="predicting memory", unit="preset", leave=False, disable=None):
+    for name in tqdm(GPU_PRESETS, desc="predicting memory", unit="preset", leave=False, disable=None):
         predictions[name] = predict(resolve(config, name), model_config, size)
         if largest_peak(predictions[name]) + CUDA_CONTEXT <= gpu_bytes:
             return name, predictions
     return None, predictions
+
+
+def largest_batch(
+    config: Config, model_config: ModelConfig, size: tuple[int, int], peaks: Mapping[str, Peak], gpu_bytes: float
+) -> int:
+    """The largest --batch-size whose prediction fits into `gpu_bytes` of GPU memory; 0 if none does.
+
+    config: with a preset filled in; peaks: its prediction. Memory grows with the batch almost along a line: a first
+    guess takes its slope from the activations, and a prediction for that batch tells the slope itself.
+    """
+    room, batch, known = gpu_bytes - CUDA_CONTEXT, config.batch_size, peaks["training"].total
+    beside = max((peak.total for part, peak in peaks.items() if part != "training"), default=0)
+    if max(beside, known - peaks["training"].parts["activations"]) > room:
+        return 0
+    slope = max(1.0, peaks["training"].parts["activations"] / batch)
+    other = min(max(1, batch + math.floor((room - known) / slope)), 64 * batch)
+    if other != batch:
+        found = predict(dataclasses.replace(config, batch_size=other), model_config, size)["training"].total
+        slope = max(1.0, (found - known) / (other - batch))
+    return max(0, batch + math.floor((room - known) / slope))
 
 
 def model_and_size(config: Config) -> tuple[ModelConfig, tuple[int, int]]:
@@ -345,8 +313,8 @@ def suggest_flags(config: Config) -> str:
     config: with a preset filled in (`resolve`).
     """
     model_config, size = model_and_size(config)
-    unset = dataclasses.replace(config, **dict.fromkeys(PRESETS["fast"]))
-    leaner = list(PRESETS)[list(PRESETS).index(config.memory) + 1 if config.memory in PRESETS else 1 :]
+    unset = dataclasses.replace(config, **dict.fromkeys(PRESETS["exact"]))
+    leaner = GPU_PRESETS[GPU_PRESETS.index(config.memory) + 1 if config.memory in GPU_PRESETS else 0 :]
     options = [(f"--memory {name}", resolve(unset, name)) for name in leaner]
     if config.batch_size > 1:
         single = dict(batch_size=1, accumulate_grad_batches=config.accumulate_grad_batches * config.batch_size)
@@ -382,13 +350,18 @@ def plan(config: Config, vram: float | None = None, rate: float | None = None) -
     what cannot be trained on.
     """
     model_config, size = model_and_size(config)
-    if vram is None and config.memory == "auto" and "cuda" in config.device and torch.cuda.is_available():
+    on_gpu = "cuda" in config.device and torch.cuda.is_available()
+    if vram is None and config.memory == "auto" and on_gpu:
         vram = gpu_memory(config.device) / GIB
     # a resumed run has all settings about memory fixed: unset them, to compare the presets
-    unset = config if config.memory == "auto" else dataclasses.replace(config, **dict.fromkeys(PRESETS["fast"]))
-    fits, predictions = fastest_preset(unset, model_config, size, vram * GIB) if vram else (None, {})
-    preset = config.memory if config.memory != "auto" else fits or (list(PRESETS)[-1] if vram else "fast")
-    peaks = predictions.get(preset) if unset is config else None
+    fixed = config.memory != "auto"
+    unset = dataclasses.replace(config, **dict.fromkeys(PRESETS["exact"])) if fixed else config
+    bar = tqdm(("exact", *GPU_PRESETS), desc="predicting memory", unit="preset", leave=False, disable=None)
+    predictions = {name: predict(resolve(unset, name), model_config, size) for name in bar}
+    fitting = lambda name: vram and largest_peak(predictions[name]) + CUDA_CONTEXT <= vram * GIB
+    fits = next(filter(fitting, GPU_PRESETS), None)
+    preset = config.memory if fixed else fits or GPU_PRESETS[-1 if vram else 0]
+    peaks = predictions.get(preset) if unset == config else None
     config = resolve(config, preset)
     validate(dataclasses.replace(config, device="cpu"))
     peaks = peaks or predict(config, model_config, size)
@@ -418,13 +391,42 @@ def plan(config: Config, vram: float | None = None, rate: float | None = None) -
     if rate:
         hours = config.steps * images / rate / 3600
         lines.append(f"time                  {hours:6.1f} h for {config.steps} steps at {rate:g} images/s")
+    lines += ["", *preset_table(unset, model_config, size, predictions, vram)]
     if vram:
-        needs = ", ".join(f"{name} {largest_peak(found) / GIB:.1f}" for name, found in predictions.items())
         verdict = f"--memory {fits} is the fastest preset that fits" if fits else "none of the presets fits"
-        lines.append(f"{vram:g} GiB, of which CUDA itself takes {CUDA_CONTEXT / GIB:.1f}: {verdict} ({needs})")
+        lines.append(f"{vram:g} GiB, of which CUDA itself takes {CUDA_CONTEXT / GIB:.1f}: {verdict}")
         if not fits:
             lines.append("    a smaller --resolution or --batch-size 1 (with --accumulate-grad-batches) takes less")
     return "\n".join(lines)
+
+
+def preset_table(
+    config: Config,
+    model_config: ModelConfig,
+    size: tuple[int, int],
+    predictions: Mapping[str, Mapping[str, Peak]],
+    vram: float | None,
+) -> list[str]:
+    """What each preset takes, as lines of text: memory, speed, with `vram` (GiB) the largest batch that fits, settings.
+
+    config: with no preset filled in; predictions: of the presets.
+    """
+    on_gpu = "cuda" in config.device and torch.cuda.is_available()
+    machine = measure_machine(config.device) if on_gpu else COMMON
+    filled = {name: resolve(config, name) for name in predictions}
+    took = {
+        name: seconds(peaks["training"].operations, machine, filled[name].precision)
+        for name, peaks in predictions.items()
+    }
+    lines = [f"{'--memory':10}{'GiB':>6}  {'speed':>5}" + ("  largest batch" if vram else "") + "  settings"]
+    for name, peaks in predictions.items():
+        speed = min(took.values()) / took[name] if took[name] else 1.0
+        line = f"{name:10}{largest_peak(peaks) / GIB:6.2f}  {speed:5.2f}"
+        if vram:
+            line += f"  {largest_batch(filled[name], model_config, size, peaks, vram * GIB):13}"
+        lines.append(f"{line}  {describe_memory(filled[name])}")
+    how = "measured" if on_gpu else "that NVIDIA names; with a GPU at hand they are measured"
+    return [*lines, f"speed: of a step, from its FLOPs and bytes at the rates of the {machine.name} ({how})"]
 
 
 def trained_shapes(config: Config, model_config: ModelConfig) -> list[torch.Size]:

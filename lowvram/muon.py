@@ -14,7 +14,7 @@ the matrix (out, in * height * width). Biases and norms' weights are vectors: Ad
 A matrix keeps one moment instead of AdamW's two.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -67,25 +67,26 @@ class Muon(AdamW):
     muon_rate: the learning rate of the matrices, multiplied by sqrt(max(1, rows / columns)); lr: that of the others,
     above 0. The group of the matrices has the ratio of the two as `rate_factor`, for those who set the rates.
     Everything else as for AdamW: `bits` are those of the one moment, bfloat16 weights are rounded stochastically, and
-    random numbers are a function of (seed, step, name).
+    random numbers are a function of (seed, step, name). chosen(name): whether Muon moves this matrix; all by default.
     """
 
     def __init__(
         self, named: Mapping[str, nn.Parameter], lr: float, muon_rate: float, weight_decay: float = 0.01,
-        bits: int = 32, seed: int = 0,
+        bits: int = 32, seed: int = 0, chosen: Callable[[str], bool] = lambda name: True,
     ):  # fmt: skip
         super().__init__(named, lr, weight_decay, bits, seed)
         (group,) = self.param_groups
-        matrices = [p for p in group["params"] if is_matrix(p)]
-        group["params"] = [p for p in group["params"] if not is_matrix(p)]
+        matrices = [p for name, p in named.items() if is_matrix(p) and chosen(name)]
+        self.matrices = {id(p) for p in matrices}
+        group["params"] = [p for p in group["params"] if id(p) not in self.matrices]
         self.param_groups.append(group | {"params": matrices, "lr": muon_rate, "rate_factor": muon_rate / lr})
 
     def moments_of(self, p: Tensor) -> tuple[str, ...]:
-        return ("exp_avg",) if is_matrix(p) else super().moments_of(p)
+        return ("exp_avg",) if id(p) in self.matrices else super().moments_of(p)
 
     def update(self, p: nn.Parameter, lr: float, weight_decay: float, betas: tuple[float, float], eps: float) -> None:
         """Move one parameter along its gradient, in place."""
-        if not is_matrix(p):
+        if id(p) not in self.matrices:
             return super().update(p, lr, weight_decay, betas, eps)
         self.init_state(p)
         state, whole = self.state[p], slice(0, p.numel())

@@ -1,32 +1,29 @@
-"""Which settings make a run fit a small GPU? The presets of `--memory`, from the fastest to the leanest.
+"""Which settings make a run fit a GPU? The presets of `--memory`, from the most memory to the least.
 
 A preset gives a value to every setting about memory that is not given one by one (`config.Config`, where such a setting
-is None). `lowvram/estimate.py` predicts what a preset takes and chooses one.
+is None). `exact` is the tutorial's fp32; the others are named after a GPU that trains SD 1.5 with them at 512 px.
+`lowvram/estimate.py` predicts what a preset takes and chooses one. PyTorch is imported where a GPU is asked, so that
+`--help` need not wait for it.
 """
 
 import dataclasses
 from typing import Any
 
-import torch
-
+_EXACT = dict(
+    precision="fp32", gradient_checkpointing=False, trained_weights="fp32", optimizer_bits=32, optimizer_on_cpu=False,
+    stream=False, encode_batch_size=8,
+)  # fmt: skip
+_RECOMPUTED = _EXACT | dict(precision="bf16", gradient_checkpointing=True)
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": dict(
-        precision="fp32", gradient_checkpointing=False, trained_weights="fp32", optimizer_bits=32,
-        optimizer_on_cpu=False, stream=False, encode_batch_size=8,
-    ),
-    "8gb": dict(
-        precision="bf16", gradient_checkpointing=True, trained_weights="fp32", optimizer_bits=8,
-        optimizer_on_cpu=False, stream=False, encode_batch_size=2,
-    ),
-    "6gb": dict(
-        precision="bf16", gradient_checkpointing=True, trained_weights="bf16", optimizer_bits=8,
-        optimizer_on_cpu=False, stream=False, encode_batch_size=1,
-    ),
-    "4gb": dict(
-        precision="bf16", gradient_checkpointing=True, trained_weights="bf16", optimizer_bits=32,
-        optimizer_on_cpu=True, stream=True, encode_batch_size=1,
-    ),
-}  # fmt: skip
+    "exact": _EXACT,
+    "fast": _EXACT,  # the name that `exact` had before there were faster ones
+    "16gb": _EXACT | dict(precision="bf16"),
+    "12gb": _EXACT | dict(precision="bf16", optimizer_bits=16),
+    "8gb": _RECOMPUTED | dict(optimizer_bits=8, encode_batch_size=2),
+    "6gb": _RECOMPUTED | dict(trained_weights="bf16", optimizer_bits=8, encode_batch_size=1),
+    "4gb": _RECOMPUTED | dict(trained_weights="bf16", optimizer_on_cpu=True, stream=True, encode_batch_size=1),
+}
+GPU_PRESETS = tuple(name for name in PRESETS if name not in ("exact", "fast"))  # the choice of `auto`, fastest first
 
 
 def resolve(config: Any, preset: str) -> Any:
@@ -35,6 +32,8 @@ def resolve(config: Any, preset: str) -> Any:
 
     GPUs that do not know bf16 compute in fp16; trained weights can then be fp16 where the optimizer is on the CPU.
     """
+    import torch
+
     filled = {k: v for k, v in PRESETS[preset].items() if getattr(config, k) is None}
     gpu = "cuda" in config.device and torch.cuda.is_available()
     if filled.get("precision") == "bf16" and gpu and not torch.cuda.is_bf16_supported(False):

@@ -89,7 +89,7 @@ def load(choices: Choices) -> LoadedModel:
     model = load_model(ModelSource(choices.model, base=choices.base, control=joined, vae=choices.vae))
     nets = [(joined or choices.model, model.control_model)] if model.control_model else []
     nets += [(path, load_control(path, model, choices.model)) for path in others]
-    use_tf32(choices.precision == "tf32")
+    use_tf32(choices.precision != "fp32")
     disable_malloc_trim()
     dtype = compute_dtype_for(choices.precision, choices.device)
     for module in (model, *(net for _, net in nets)):

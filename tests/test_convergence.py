@@ -9,6 +9,8 @@ import pytest
 
 from toy import circles, convergence
 from toy.circles import HINTS, Circle
+from toy.variants import VARIANTS, logit_normal_timesteps
+from training.randomness import SampleRandomness
 
 
 @pytest.mark.parametrize(
@@ -29,25 +31,25 @@ def test_the_table_hides_no_run(monkeypatch, tmp_path):
     monkeypatch.setattr(convergence, "ROOT", tmp_path)
     fine = dict(failed="", batch=8, flops=2e12, iou=0.9, colors=1.0)
     outcomes = [
-        dict(name="demo", seed=0, gains=[(0, 0.0), (10, 0.6), (20, 0.85)], **fine),
-        dict(name="demo", seed=1, gains=[(0, 0.0), (10, 0.2), (20, 0.4)], **fine),
-        dict(name="demo", seed=2, gains=[(0, 0.0)], failed="the loss is not finite", batch=8, flops=2e12),
-        dict(name="rate-0.008", seed=0, gains=[], failed="the loss is not finite", batch=8, flops=2e12),
+        dict(name="adamw", seed=0, gains=[(0, 0.0), (10, 0.6), (20, 0.85)], **fine),
+        dict(name="adamw", seed=1, gains=[(0, 0.0), (10, 0.2), (20, 0.4)], **fine),
+        dict(name="adamw", seed=2, gains=[(0, 0.0)], failed="the loss is not finite", batch=8, flops=2e12),
+        dict(name="adamw-rate-0.008", seed=0, gains=[], failed="the loss is not finite", batch=8, flops=2e12),
     ]
     for o in outcomes:
         folder = tmp_path / "outline" / f"{o['name']}-{o['seed']}"
         folder.mkdir(parents=True)
         (folder / "outcome.json").write_text(json.dumps(o))
     demo, rate = convergence.table("outline")[2:]
-    assert demo.startswith("| demo | 3 | 1 | 67 (67 to 67, 1 never) | 144 (144 to 144, 1 never) | never | 18")
+    assert demo.startswith("| adamw | 3 | 1 | 67 (67 to 67, 1 never) | 144 (144 to 144, 1 never) | never | 18")
     assert "36.0 (36.0 to 36.0, 1 never) | 0.625 (0.400 to 0.850) | 0.900 (0.900 to 0.900)" in demo
-    assert rate == "| rate-0.008 | 1 | 1 | never | never | never | never | never | never | never | never |"
+    assert rate == "| adamw-rate-0.008 | 1 | 1 | never | never | never | never | never | never | never | never |"
 
 
 def test_settings_keep_the_budget_and_scale_the_warm_up():
     names = [name for group in convergence.GROUPS.values() for name in group]
     assert len(names) == len(set(names))
-    demo = convergence.settings_of("demo", {}, "outline", 3)
+    demo = convergence.settings_of("adamw", {}, "outline", 3)
     large = convergence.settings_of("batch-32", dict(batch_size=32), "outline", 3)
     assert demo.steps * demo.batch_size == large.steps * large.batch_size == convergence.BUDGET
     assert (demo.warmup_steps, large.warmup_steps, demo.seed) == (20, 5, 3)
@@ -62,7 +64,6 @@ def test_a_run_leaves_what_the_table_reads(monkeypatch, tmp_path):
     small = lambda *args: dataclasses.replace(settings_of(*args), resolution="32", batch_size=4, validation=4)  # noqa: E731
     monkeypatch.setattr(convergence, "settings_of", small)
     monkeypatch.setattr(convergence, "judge", lambda *args: {"iou": 0.5, "colors": 0.5})
-    monkeypatch.setattr(convergence.train, "Validation", convergence.Validation)  # put back what run_one replaces
     changes = dict(optimizer="muon", hint_gain=2.0, budget=16)
     outcome = convergence.run_one("muon-0.02", changes, "keypoints", 0, 4)
     assert not outcome["failed"] and [step for step, _ in outcome["gains"]] == [0, 2]
@@ -85,7 +86,7 @@ def test_events_and_figure(monkeypatch, tmp_path):
     lines = convergence.events(run)
     assert lines[2:5] == ["| 0 to 199 | 0.800 | 25 |", "| 600 to 799 | 0.800 | 5 |", "| all | 0.800 | 10 |"]
     assert "between steps 5 and 25" in lines[-1]
-    outcome = dict(name="demo", seed=0, gains=[(0, 0.0), (100, 0.9)], failed="", batch=8)
+    outcome = dict(name="adamw", seed=0, gains=[(0, 0.0), (100, 0.9)], failed="", batch=8)
     (run / "outcome.json").write_text(json.dumps(outcome))
     xml.etree.ElementTree.fromstring(convergence.figure("outline"))
     assert ">711<" in convergence.figure("outline")  # 8 * 100 * 0.8 / 0.9
@@ -103,3 +104,52 @@ def test_hints_show_the_circle():
     dots = circle.draw(128, "keypoints")[0][..., 0]
     centers = [(64, 64), (64, 96), (96, 64), (32, 64), (64, 32)]
     assert all(dots[y, x] == 255 for x, y in centers) and 0 < (dots > 0).mean() < 0.02
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_variants_train(monkeypatch, tmp_path, name):
+    """A variant trains in a run as the grid makes it, and each parameter belongs to one group of the optimizer."""
+    monkeypatch.chdir(tmp_path)
+    circles.make("data/convergence/outline", 24, 32)
+    settings_of, trainers = convergence.settings_of, []
+    small = lambda *args: dataclasses.replace(settings_of(*args), resolution="32", batch_size=4, validation=2)  # noqa: E731
+    monkeypatch.setattr(convergence, "settings_of", small)
+    keep = lambda model, *args: trainers.append(model) or {"iou": 0.5, "colors": 0.5}  # noqa: E731
+    monkeypatch.setattr(convergence, "judge", keep)
+    build = convergence.build_trainer
+
+    def checked(*args):
+        trainer = build(*args)
+        trainers.append(trainer)
+        return trainer
+
+    monkeypatch.setattr(convergence, "build_trainer", checked)
+    changes = dict(convergence.MUON if name.startswith("muon") else {}, variant=name, budget=24)
+    outcome = convergence.run_one(name, changes, "outline", 0, 4)
+    assert not outcome["failed"]
+    trainer, model = trainers
+    grouped = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, grouped)) == sorted(map(id, trainer.home.masters.values()))
+    parts = dict(model.control_model.named_parameters())
+    first = parts["input_hint_block.0.weight"]
+    if name == "hint-at-levels":
+        added = [p for part, p in parts.items() if part.startswith("hint_levels.") and part.endswith("weight")]
+        assert len(added) == 2 and all(p.abs().max() > 0 for p in added)
+    if name == "normalized-hint-encoder":
+        assert parts["input_hint_block.0.bias"].abs().max() < 0.02  # set to zero, then a few steps of 2e-3
+    if name.startswith("muon"):
+        moved = [id(p) in trainer.optimizer.matrices for p in (first, parts["zero_convs.0.0.weight"])]
+        assert moved == [name == "muon-hint-encoder", name != "muon-hint-encoder"]
+    if name.startswith("zero"):
+        rates = {g["rate_factor"] for g in trainer.optimizer.param_groups if "rate_factor" in g}
+        assert rates == {float(name.split("-")[-1])}
+
+
+def test_logit_normal_timesteps():
+    randomness = SampleRandomness(timestep_bias=0.4)
+    us = (np.arange(1000) + 0.5) / 1000
+    with logit_normal_timesteps():
+        timesteps = np.array([randomness.timestep(u) for u in us])
+    assert abs(np.median(timesteps) - 500) < 5 and timesteps.max() < 1000
+    assert abs(np.mean(timesteps < 268.9) - 0.1587) < 0.002  # one standard deviation below the median
+    assert randomness.timestep(0.5) == int(1000 * 0.5**0.4)

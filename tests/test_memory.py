@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import config as config_module
 import data
 import train
-from config import PRESETS, Config, ConfigError, resolve
+from config import GPU_PRESETS, PRESETS, Config, ConfigError, resolve
 from layers import Linear, zero_module
 from ldm import TINY, ControlLDM
 from lowvram import estimate
@@ -374,7 +374,7 @@ def test_a_lora_in_a_streamed_block_trains_as_without_streaming(config, lora):  
         assert p.grad.any() or ".lora_" not in name
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ("exact", *GPU_PRESETS))
 def test_a_lora_trains_under_every_preset_and_the_plan_sees_it(config, lora, preset):  # noqa: F811
     config = resolve(dataclasses.replace(config, **LEAN, learning_rate=1e-2), preset)  # noqa: F811
     trainer = lora_trainer(config)
@@ -409,7 +409,7 @@ def test_the_prediction_is_what_a_real_step_holds(config, monkeypatch):  # noqa:
     """The same count on real tensors, made by the real step; and each preset takes less than the one before."""
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)  # as on a GPU
     totals = []
-    for preset in PRESETS:
+    for preset in ("exact", *GPU_PRESETS):
         lean = resolve(dataclasses.replace(config, **LEAN, batch_size=2, learning_rate=1e-4), preset)
         predicted = estimate.predict(lean, TINY, (64, 64))["training"].total - estimate.WORKSPACE
         trainer = new_trainer(lean)
@@ -429,11 +429,14 @@ def test_plan_as_text(config, base, folder, monkeypatch):  # noqa: F811
         "--plan", "--base", str(base), "--data", str(folder), "--resolution", "64", "--vram", "16", "--rate", "10",
         "--steps", "3600", "--memory", "6gb",
     ])  # fmt: skip
+    monkeypatch.setattr(estimate, "largest_batch", lambda *_: 7)
+    monkeypatch.setattr(estimate, "GPU_PRESETS", ("16gb", "4gb"))  # whose predictions take seconds each
     said = estimate.plan(asked.config, asked.vram, asked.rate)
     assert "tiny at 64x64, batch 4 x 1, --memory 6gb: bf16, gradient checkpointing" in said
-    assert "--memory fast is the fastest preset that fits" in said and "0.4 h for 3600 steps at 10 images/s" in said
+    assert "--memory 16gb is the fastest preset that fits" in said and "0.4 h for 3600 steps at 10 images/s" in said
     assert "disk, cache" in said and "TFLOP a step" in said and "frozen UNet" not in said.splitlines()[0]
     monkeypatch.setattr(estimate, "predict", lambda *_: {"training": estimate.Peak(2**30)})
+    monkeypatch.setattr(estimate, "flops", lambda *_: 10**12)
     none = estimate.plan(dataclasses.replace(asked.config, memory="auto"), vram=1)
     assert "none of the presets fits" in none and "--memory 4gb" in none
 
@@ -486,10 +489,10 @@ def test_out_of_memory_says_what_would_fit(config, monkeypatch):  # noqa: F811
 
 
 def test_auto_takes_the_first_preset_that_fits(config, monkeypatch):  # noqa: F811
-    need = {"fast": 9, "8gb": 7, "6gb": 5, "4gb": 3}
+    need = {"16gb": 9, "12gb": 8, "8gb": 7, "6gb": 5, "4gb": 3}
     monkeypatch.setattr(estimate, "predict", lambda c, *_: {"training": estimate.Peak(need[c.out])})
     monkeypatch.setattr(estimate, "resolve", lambda c, name: dataclasses.replace(c, out=name))
-    for room, wanted in ((9, "fast"), (8, "8gb"), (3, "4gb"), (2, None)):
+    for room, wanted in ((9, "16gb"), (8, "12gb"), (7.5, "8gb"), (3, "4gb"), (2, None)):
         assert estimate.fastest_preset(config, TINY, (64, 64), room + estimate.CUDA_CONTEXT)[0] == wanted
     monkeypatch.undo()
     assert estimate.choose_preset(config, Ranks()).optimizer_bits == 32  # without a GPU there is nothing to fit
@@ -506,8 +509,8 @@ def test_what_is_given_beside_a_preset_wins(config, monkeypatch):  # noqa: F811
         monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: name == "is_available")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     old = {name: resolve(dataclasses.replace(free, device="cuda"), name) for name in PRESETS}
-    assert [c.precision for c in old.values()] == ["fp32", "fp16", "fp16", "fp16"]
-    assert [c.trained_weights for c in old.values()] == ["fp32", "fp32", "fp32", "fp16"]
+    assert [c.precision for c in old.values()] == ["fp32", "fp32", "fp16", "fp16", "fp16", "fp16", "fp16"]
+    assert [c.trained_weights for c in old.values()] == ["fp32", "fp32", "fp32", "fp32", "fp32", "fp32", "fp16"]
     for c in old.values():
         config_module.validate(c)
 

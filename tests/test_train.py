@@ -483,6 +483,8 @@ def test_settings_of_the_machine(config, monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: seen.append(name))
     train.train(dataclasses.replace(config, precision="tf32"))
     assert seen[-1] == "high" and torch.backends.cudnn.allow_tf32
+    train.set_process_options(dataclasses.replace(config, precision="bf16"))  # for what stays in float32
+    assert seen[-1] == "high"
     train.train(dataclasses.replace(config, deterministic=True, out=str(tmp_path / "b")))
     assert seen[-1] == "highest" and not torch.backends.cudnn.allow_tf32
     assert torch.are_deterministic_algorithms_enabled()

@@ -4,11 +4,12 @@
     python -m toy.convergence run all --task keypoints       the same on another kind of hint
     python -m toy.convergence table                          the table of everything that was run, in Markdown
     python -m toy.convergence figure docs/convergence.svg    the samples that each setting took to a control gain of 0.8
-    python -m toy.convergence events demo                    is the jump one event? (by timestep, by validation sample)
+    python -m toy.convergence events adamw                   is the jump one event? (by timestep, by validation sample)
 
-Every run has the demo's settings but for what its row names, a budget of BUDGET samples, and the demo's learning rate
-schedule over these samples. The control gain is measured every 160 samples. A run is judged by the overlap of what it
-draws for held-out hints with the right discs. A run that fails counts as failed and stays in the table.
+Every run has the demo's settings with AdamW but for what its row names, a budget of BUDGET samples, and the demo's
+learning rate schedule over these samples. The control gain is measured every 160 samples. A run is judged by the
+overlap of what it draws for held-out hints with the right discs. A run that fails counts as failed and stays in the
+table.
 
     runs/convergence/TASK/SETTING-SEED/outcome.json          what the table reads
     runs/convergence/TASK/SETTING-SEED/gains.jsonl           losses of each validation sample, at each measurement
@@ -29,38 +30,48 @@ import torch
 
 import train
 from config import DEMO, TINY_BASE, Config, number
-from ldm import TINY, ModelConfig
+from ldm import TINY, ControlLDM, ModelConfig
 from lowvram.estimate import flops, trained_shapes
 from lowvram.muon import muon_flops
 from toy import circles
+from toy.variants import VARIANTS, logit_normal_timesteps
 from training.records import read_metrics
+from training.setup import Trainer, build_trainer, ema_weights
 from training.validation import Validation
-from weights import load_model, load_state_dict
+from weights import load_state_dict
 from weights.writing import save_json, save_safetensors, write_atomically
 
 ROOT = Path("runs/convergence")
-BUDGET = 4800  # samples of a run: 600 steps of the demo's batch
+BUDGET = 3200  # samples of a run: 400 steps of the demo's batch
+# What every setting starts from: the demo's settings with AdamW at the rate that suits it.
+BASELINE = DEMO | dict(optimizer="adamw", learning_rate=2e-3)
+MUON = dict(optimizer="muon", muon_rate=0.02)
 LEVELS = (0.5, 0.8, 0.9)  # of the control gain
-# Group -> setting -> what differs from the demo. `hint_gain` and `steps` are not settings of Config: see `settings_of`.
+# Group -> setting -> what differs from BASELINE. `hint_gain`, `budget`, `logit_normal` and `variant` (a name in
+# toy/variants.py) are no settings of Config.
 GROUPS: dict[str, dict[str, dict[str, Any]]] = {
-    "demo": {"demo": {}},
-    "muon": {f"muon-{rate:g}": dict(optimizer="muon", muon_rate=rate) for rate in (0.005, 0.01, 0.02, 0.04)},
-    "muon-batch": {f"muon-batch-{n}": dict(optimizer="muon", batch_size=n) for n in (2, 4, 16)},
-    "muon-gain": {f"muon-hint-gain-{gain:g}": dict(optimizer="muon", hint_gain=gain) for gain in (1.0,)},
-    "muon-short": {f"muon-{n}-samples": dict(optimizer="muon", budget=n) for n in (1600, 2400, 3200)},
-    "batch": {f"batch-{n}": dict(batch_size=n) for n in (1, 2, 4, 16, 32)},
+    "adamw": {"adamw": {}},
+    "muon": {f"muon-{rate:g}": dict(MUON, muon_rate=rate) for rate in (0.02, 0.01, 0.04, 0.005)},
+    "batch": {f"adamw-batch-{n}": dict(batch_size=n) for n in (2, 4, 16, 32)},
     "batch-rate": {  # the rate grows with the root of the batch
-        f"batch-{n}-rate": dict(batch_size=n, learning_rate=2e-3 * (n / 8) ** 0.5) for n in (2, 4, 16, 32)
+        f"adamw-batch-{n}-rate": dict(batch_size=n, learning_rate=2e-3 * (n / 8) ** 0.5) for n in (2, 32)
     },
-    "rate": {f"rate-{rate:g}": dict(learning_rate=rate) for rate in (5e-4, 1e-3, 4e-3, 8e-3)},
-    "warm-up": {f"warm-up-{n}": dict(warmup_steps=n) for n in (0, 100)},
-    "schedule": {"constant": dict(lr_schedule="constant"), "linear": dict(lr_schedule="linear")},
-    "hint-gain": {f"hint-gain-{gain:g}": dict(hint_gain=gain) for gain in (1.0, 2.0, 4.0)},
-    "timesteps": {f"bias-{bias:g}": dict(timestep_bias=bias) for bias in (1.0, 0.7, 0.25)}
-    | {"random-timesteps": dict(even_timesteps=False)},
-    "loss": {"min-snr-5": dict(min_snr_gamma=5.0), "no-clipping": dict(clip_grad_norm=0.0)},
-    "dropout": {f"drop-prompt-{p:g}": dict(drop_prompt=p) for p in (0.0, 0.5)},
-    "average": {"ema-0.99": dict(ema_decay=0.99)},
+    "muon-batch": {f"muon-batch-{n}": dict(MUON, batch_size=n) for n in (2, 4, 16, 32)},
+    "rate": {f"adamw-rate-{rate:g}": dict(learning_rate=rate) for rate in (1e-3, 4e-3, 8e-3)},
+    "warm-up": {f"adamw-warm-up-{n}": dict(warmup_steps=n) for n in (0, 100)},
+    "schedule": {"adamw-constant": dict(lr_schedule="constant"), "muon-constant": dict(MUON, lr_schedule="constant")},
+    "hint-gain": {f"adamw-hint-gain-{gain:g}": dict(hint_gain=gain) for gain in (1.0, 2.0)},
+    "muon-hint-gain": {"muon-hint-gain-1": dict(MUON, hint_gain=1.0)},
+    "timesteps": {f"adamw-bias-{bias:g}": dict(timestep_bias=bias) for bias in (1.0, 0.7, 0.25)}
+    | {"adamw-logit-normal": dict(logit_normal=True)},
+    "even": {"adamw-random-timesteps": dict(even_timesteps=False)}
+    | {"muon-random-timesteps": dict(MUON, even_timesteps=False)},
+    "loss": {"adamw-min-snr-5": dict(min_snr_gamma=5.0), "adamw-no-clipping": dict(clip_grad_norm=0.0)},
+    "dropout": {f"adamw-drop-prompt-{p:g}": dict(drop_prompt=p) for p in (0.0, 0.5)},
+    "average": {"adamw-ema-0.99": dict(ema_decay=0.99), "muon-ema-0.99": dict(MUON, ema_decay=0.99)},
+    "hint": {f"adamw-{name}": dict(variant=name) for name in ("hint-at-levels", "normalized-hint-encoder")},
+    "zero": {f"adamw-zero-convolutions-{k:g}": dict(variant=f"zero-convolutions-{k:g}") for k in (0.2, 5.0)},
+    "muon-parts": {name: dict(MUON, variant=name) for name in ("muon-hint-encoder", "muon-all-but-hint-encoder")},
 }  # fmt: skip
 
 
@@ -95,16 +106,18 @@ def settings_of(name: str, changes: dict[str, Any], task: str, seed: int) -> Con
     """The configuration of a run: the demo's, the `changes`, and as many steps as the budget of samples allows."""
     changes = dict(changes)
     budget, gain = changes.pop("budget", BUDGET), changes.pop("hint_gain", None)
+    for own_name in ("variant", "logit_normal"):
+        changes.pop(own_name, None)
     base = str(TINY_BASE) if gain is None else str(base_with_gain(gain))
-    batch = changes.get("batch_size", DEMO["batch_size"])
+    batch = changes.get("batch_size", BASELINE["batch_size"])
     steps = budget // batch
-    warm_up = changes.pop("warmup_steps", DEMO["warmup_steps"]) * DEMO["batch_size"] // batch
+    warm_up = changes.pop("warmup_steps", BASELINE["warmup_steps"]) * BASELINE["batch_size"] // batch
     own = dict(
         base=base, data=f"data/convergence/{task}", out=str(ROOT / task / f"{name}-{seed}"), steps=steps, seed=seed,
         warmup_steps=warm_up, logger_freq=max(1, 160 // batch), checkpoint_freq=steps, log_images=1, log_steps=1,
         device="cpu",
     )  # fmt: skip
-    return Config(**(DEMO | own | changes))
+    return Config(**(BASELINE | own | changes))
 
 
 def base_with_gain(gain: float) -> Path:
@@ -121,11 +134,23 @@ def run_one(name: str, changes: dict[str, Any], task: str, seed: int, count: int
     config = settings_of(name, changes, task, seed)
     folder, failed = Path(config.out), ""
     (folder / "gains.jsonl").unlink(missing_ok=True)
-    train.Validation = Recorder
+    trainers: list[Trainer] = []
+
+    def build_changed(*args: Any) -> Trainer:
+        trainers.append(build_trainer(*args))
+        if "variant" in changes:
+            VARIANTS[changes["variant"]](trainers[0])
+        return trainers[0]
+
+    train.Validation, train.build_trainer = Recorder, build_changed
+    distribution = logit_normal_timesteps() if "logit_normal" in changes else contextlib.nullcontext()
     try:
-        train.train(config, overwrite=True)
+        with distribution:
+            train.train(config, overwrite=True)
     except (ValueError, OSError) as e:
         failed = str(e)
+    finally:
+        train.Validation, train.build_trainer = Validation, build_trainer
     entries = read_metrics(folder)
     if entries and entries[-1]["step"] < config.steps and "in a row" not in failed:
         sys.exit(
@@ -138,7 +163,8 @@ def run_one(name: str, changes: dict[str, Any], task: str, seed: int, count: int
         "seconds": sum(config.batch_size / e["images_per_second"] for e in entries if "images_per_second" in e),
     }  # fmt: skip
     if not failed:
-        outcome |= judge(folder, task, count)
+        with ema_weights(trainers[0]):
+            outcome |= judge(trainers[0].model, task, count)
     folder.mkdir(parents=True, exist_ok=True)
     save_json(folder / "outcome.json", outcome)
     return outcome
@@ -151,10 +177,10 @@ def flops_of(config: Config) -> int:
     return per_image * config.batch_size + muon
 
 
-def judge(run: Path, task: str, count: int) -> dict[str, float]:
+def judge(model: ControlLDM, task: str, count: int) -> dict[str, float]:
     """Mean overlap with the discs of held-out hints, and the fraction of images with both colours right."""
     shown = circles.held_out(count)
-    drawn = circles.draw_all(load_model(run), shown, True, TINY.resolution, 20, kind=task)
+    drawn = circles.draw_all(model, shown, True, TINY.resolution, 20, kind=task)
     verdicts = [circles.measure(image, circle) for image, circle in zip(drawn, shown, strict=True)]
     return {
         "iou": float(np.mean([v.iou for v in verdicts])),

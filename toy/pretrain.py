@@ -15,7 +15,7 @@ with the stage that it was in.
 import argparse
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +29,7 @@ import data
 import sampler
 from config import number
 from ldm import TINY, ControlLDM
+from lowvram.muon import Muon
 from toy import circles
 from training.records import save_grid, to_uint8
 from vae import AutoencoderKL, sample_posterior
@@ -59,23 +60,34 @@ class Stage:
     loss: Callable[[int], Tensor]  # step -> loss
     report: Callable[[int], str]  # called with the number of finished steps
     after_step: Callable[[], None] = lambda: None
+    muon: dict[str, nn.Parameter] = field(default_factory=dict)  # parameters that Muon moves, and not AdamW
 
-    def train(self, steps: int, learning_rate: float, warmup: int = 100, report_every: int = 500) -> None:
-        """Run `steps` steps of AdamW with `warmup` steps of rising learning rate and a cosine down to a hundredth."""
-        optimizer = torch.optim.AdamW(
-            self.parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True
-        )
+    def optimizers(self, learning_rate: float, muon_rate: float) -> list[torch.optim.Optimizer]:
+        """AdamW for the parameters that are not in `muon`, and Muon for those."""
+        others = [p for p in self.parameters if all(p is not other for other in self.muon.values())]
+        adamw = torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        return [adamw, Muon(self.muon, learning_rate, muon_rate, weight_decay=0.0)] if self.muon else [adamw]
+
+    def train(
+        self, steps: int, learning_rate: float, warmup: int = 100, report_every: int = 500, muon_rate: float = 0.004
+    ) -> None:
+        """Run `steps` steps with `warmup` steps of rising learning rate and a cosine down to a hundredth."""
+        optimizers = self.optimizers(learning_rate, muon_rate)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        highest = [group["lr"] for group in groups]
         mean = None
         with tqdm(total=steps, desc=self.name, unit="step") as bar:
             for step in range(steps):
                 cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * min(1, (step + 1) / warmup) * (0.01 + 0.99 * cosine)
+                for group, rate in zip(groups, highest, strict=True):
+                    group["lr"] = rate * min(1, (step + 1) / warmup) * (0.01 + 0.99 * cosine)
+                for p in self.parameters:
+                    p.grad = None
                 loss = self.loss(step)
-                optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-                optimizer.step()
+                for optimizer in optimizers:
+                    optimizer.step()
                 self.after_step()
                 mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
                 bar.set_postfix_str(f"loss {mean:.4f}")
@@ -175,13 +187,16 @@ def finetune_decoder(vae: AutoencoderKL, out: Path, steps: int) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- text encoder and UNet
-def train_base(model: ControlLDM, out: Path, steps: int, cycle: int, bias: float, items: int = 8192) -> None:
+def train_base(
+    model: ControlLDM, out: Path, steps: int, cycle: int, bias: float, muon: bool = False, items: int = 8192
+) -> None:
     """Train text encoder and UNet together on the latents of `items` circles; a tenth of the prompts is left empty, for
     classifier-free guidance. The result is the moving average of the weights.
 
     Cycle 0 begins with new weights; each later cycle goes on from the moving average of the last one, with circles of
     its own and the learning rate up again (warm restarts: Loshchilov & Hutter 2017, arXiv:1608.03983). Timesteps are
-    1000 u^bias: a bias below 1 prefers high noise, where the base decides how many circles there are, and where.
+    1000 u^bias: a bias below 1 prefers high noise, where the base decides how many circles there are, and where. With
+    `muon` Muon moves the UNet's weights, and AdamW the text encoder's.
 
     The model predicts the velocity, as SD 2.1 at 768 px does, and its schedule ends in more noise than Stable
     Diffusion's: a flat circle shows through a lot of noise, so whatever the prompt (and later the hint) decides is
@@ -207,7 +222,8 @@ def train_base(model: ControlLDM, out: Path, steps: int, cycle: int, bias: float
         chosen = torch.randint(items, (batch_size,))
         x0 = model.sample_latents(moments[chosen], torch.randn(batch_size, 4, *moments.shape[2:]))
         tokens = torch.where(torch.rand(batch_size, 1) < drop_prompt, empty, ids[chosen])
-        noise, t = torch.randn_like(x0), (TINY.timesteps * torch.rand(batch_size) ** bias).long()
+        u = (torch.arange(batch_size) + torch.rand(batch_size)) / batch_size  # one in each of as many equal parts
+        noise, t = torch.randn_like(x0), (TINY.timesteps * u**bias).long()
         v = model.unet(sampler.q_sample(x0, noise, alphas[t]), t, model.text(tokens))
         return F.mse_loss(v, sampler.velocity(x0, noise, alphas[t]))
 
@@ -225,7 +241,8 @@ def train_base(model: ControlLDM, out: Path, steps: int, cycle: int, bias: float
         verdicts = [circles.measure(picture, circle) for picture, circle in zip(pictures, shown, strict=True)]
         return f"both colours right in {np.mean([v.color_right and v.background_right for v in verdicts]):.0%}"
 
-    Stage("base", list(trainable.parameters()), loss, report, update_ema).train(steps, 1e-3)
+    matrices = dict(model.unet.named_parameters()) if muon else {}
+    Stage("base", list(trainable.parameters()), loss, report, update_ema, matrices).train(steps, 1e-3)
     trainable.load_state_dict(ema)
     seen = torch.zeros(len(embeddings.token_embedding.weight), dtype=torch.bool)
     seen[ids.unique()] = True
@@ -242,15 +259,17 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", default="models/tiny_sd.safetensors", help="file of the finished model")
     add("--work", default="runs/pretrain", help="folder for the weights and pictures of the stages")
     add("--vae-steps", type=number(int, 1, 1e9), default=6000, help="training steps of the VAE")
-    add("--base-steps", type=number(int, 1, 1e9), nargs="+", default=[4000, 7000, 7000],
+    add("--base-steps", type=number(int, 1, 1e9), nargs="+", default=[4000, 7000, 7000, 2600],
         help="training steps of text encoder and UNet, cycle by cycle")  # fmt: skip
-    add("--base-bias", type=number(float, 1e-6), nargs="+", default=[1.0, 1.0, 0.75],
+    add("--base-bias", type=number(float, 1e-6), nargs="+", default=[1.0, 1.0, 0.75, 0.85],
         help="bias of the timesteps 1000 u^bias, cycle by cycle; below 1 prefers high noise")  # fmt: skip
+    add("--base-optimizer", choices=("adamw", "muon"), nargs="+", default=["adamw", "adamw", "adamw", "muon"],
+        help="optimizer of the UNet, cycle by cycle")  # fmt: skip
     add("--decoder-steps", type=number(int, 1, 1e9), default=600, help="fine-tuning steps of the VAE's decoder")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of weights and noise")
     args = parser.parse_args(argv)
-    if len(args.base_bias) != len(args.base_steps):
-        parser.error(f"--base-steps has {len(args.base_steps)} cycles, --base-bias {len(args.base_bias)}")
+    if not len(args.base_steps) == len(args.base_bias) == len(args.base_optimizer):
+        parser.error("--base-steps, --base-bias and --base-optimizer need one value for each cycle")
     torch.manual_seed(args.seed)
     work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)
@@ -271,8 +290,10 @@ def main(argv: list[str] | None = None) -> None:
         normalize_latents(model.vae)
 
     run_stage("vae", (VAE,), train_and_normalize_vae)
-    for cycle, (steps, bias) in enumerate(zip(args.base_steps, args.base_bias, strict=True)):
-        run_stage(f"base-{cycle}", (UNET, TEXT), partial(train_base, model, work, steps, cycle, bias))
+    cycles = zip(args.base_steps, args.base_bias, args.base_optimizer, strict=True)
+    for cycle, (steps, bias, optimizer) in enumerate(cycles):
+        train = partial(train_base, model, work, steps, cycle, bias, optimizer == "muon")
+        run_stage(f"base-{cycle}", (UNET, TEXT), train)
     run_stage("decoder", (VAE,), partial(finetune_decoder, model.vae, work, args.decoder_steps))
     weights = {k: v.half() for k, v in model.state_dict().items()}
     save_safetensors(args.out, weights, {"config": TINY.to_json(), "license": "MIT"})

@@ -22,12 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from config import world_size
+
 BUCKET = 1 << 24  # the largest number of gradient values that are summed at once
-
-
-def world_size() -> int:
-    """The number of ranks: what torchrun says, otherwise 1."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 class Ranks:

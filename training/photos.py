@@ -424,33 +424,6 @@ def make_hint(photo: str | Path, out: str | Path, recipe: Recipe) -> None:
     print(f"saved the hint, {hint.shape[1]}x{hint.shape[0]}, as {out}")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `data.py hints`. Those of the annotators are None unless they are given."""
-    add = parser.add_argument
-    add("photos", help="a folder of photos and folders (or one photo)")
-    add("out", help="the data set to make: a folder beside (for one photo, the picture file of its hint)")
-    kinds = "; ".join(f"{kind}: {annotator.help}" for kind, annotator in ANNOTATORS.items())
-    add("--kind", required=True, choices=ANNOTATORS, help=kinds)
-    uses: dict[str, list[str]] = {}
-    for kind, annotator in ANNOTATORS.items():
-        for p in annotator.parameters:
-            uses.setdefault(p.name, []).append(f"{kind}: {p.help} ({p.low:g} to {p.high:g}, default {p.default:g})")
-    for name, lines in uses.items():
-        add(f"--{name}", type=float, metavar="N", help="; ".join(lines))
-    sizes = "512 or 512x768, the size to train at; 0 keeps all sizes (default 512)"
-    add("--size", default="512", metavar="N", help=f"scale larger photos down until they just cover this size: {sizes}")
-    captions = "captions: the text beside each photo, a.txt or a.caption for a.jpg; names: the words of the file names"
-    add("--prompts", default="captions", metavar="HOW", help=f"{captions}; any other text: the prompt of all photos")
-    add(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="processes (default: one for each CPU, at most 8; 0: the main one alone)",
-    )
-    add("--follow-links", action="store_true", help="follow links to folders, and links that lead out of the folder")
-    add("--max-megapixels", type=float, default=MAX_MEGAPIXELS, metavar="N", help="largest photo to read")
-
-
 def run(args: argparse.Namespace, size: Size | None) -> int:
     """The command `data.py hints` with its arguments parsed; returns the exit status: 1 if a photo was left out."""
     names = dict.fromkeys(p.name for annotator in ANNOTATORS.values() for p in annotator.parameters)

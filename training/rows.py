@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from training.files import DataError, File, one_line
 from training.images import Size, same_aspect
@@ -26,6 +25,7 @@ RESERVED = {
     *FIELDS, "jpg", "txt", "hint", "sizes", "moments", "latents", "context", "pooled", "y", "noise", "posterior_noise",
     "timesteps",
 }  # fmt: skip
+VALUES = (np.ndarray, np.generic, int, float, str)  # kinds of values that further keys may have
 IMAGE_ENDINGS = (
     ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jp2", ".tga", ".ppm", ".pgm", ".npy",
 )  # fmt: skip
@@ -100,10 +100,9 @@ def find_file(root: Path, name: str, inside: Callable[[str], bool] | None) -> Pa
     return path
 
 
-def further_keys(item: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """The further keys of an item, as far as their values can be put together to a batch. DataError for a number that
-    no tensor holds."""
-    kinds = (Tensor, np.ndarray, np.generic, int, float, str)
+def further_keys(item: dict[str, Any], known: Collection[str], kinds: tuple[type, ...] = VALUES) -> dict[str, Any]:
+    """The further keys of an item whose values, of one of the `kinds`, can be put together to a batch. DataError for a
+    number that no tensor holds."""
     extra = {k: v for k, v in item.items() if k not in known and isinstance(v, kinds)}
     for name, value in extra.items():
         if isinstance(value, int) and not -(2**63) <= value < 2**63:

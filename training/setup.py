@@ -7,7 +7,8 @@
     latents, noise, loss      float32              float32
     moments of the optimizer  optimizer_bits (32, 16 or 8)
 
-`precision` is float16 or bfloat16 where the GPU has instructions for it. Layers cast their own weights to the dtype of
+`precision` is float16 or bfloat16 where the GPU has instructions for it; what stays in float32 is then multiplied as
+TF32, as under the precision of this name. Layers cast their own weights to the dtype of
 their input (`layers.py`), so autograd casts the gradient of a float32 weight back to float32 (Micikevicius et al. 2018,
 arXiv:1710.03740). float16 has a short exponent: the loss is scaled up before the backward pass and the gradients are
 scaled down after it (`torch.amp.GradScaler`); the other formats need no scale.

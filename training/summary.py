@@ -25,8 +25,8 @@ CONVERGES = {
 def print_trial(config: Config) -> None:
     """Print what a run is that names a data set and no base model."""
     print(
-        f"no --base is given: {config.data} is tried on the tiny base model at {config.resolution} px, with the steps "
-        f"and the learning rate of the demo ({config.steps}, {config.learning_rate:g}), for minutes on a CPU. Where "
+        f"no --base is given: {config.data} is tried on the tiny base model at {config.resolution} px, with the "
+        f"settings of the demo unless a flag says otherwise ({config.steps} steps), for minutes on a CPU. Where "
         "hints and targets belong together, the control gain jumps; pictures stay coarse. Then: --base FILE"
     )
 
