@@ -73,9 +73,9 @@ def _extended(key: str, new: Tensor, old: Tensor | None) -> Tensor:
 
 
 def settings(base: Path, out: Path, seed: int, steps: int) -> Config:
-    """The demo's settings, with Muon, on the extended base."""
-    own = dict(base=str(base), out=str(out), seed=seed, steps=steps, optimizer="muon", muon_rate=0.02, device="cpu")
-    return Config(**(DEMO | own | dict(logger_freq=200, checkpoint_freq=steps)))
+    """The demo's settings, on the extended base."""
+    own = dict(base=str(base), out=str(out), seed=seed, steps=steps, logger_freq=200, checkpoint_freq=steps)
+    return Config(**(DEMO | own | dict(device="cpu")))
 
 
 def main(argv: list[str] | None = None) -> None:
