@@ -51,9 +51,8 @@ pretrain: .venv/.run  ## make models/tiny_sd.safetensors, the demo's base, from 
 merge: .venv/.run  ## attach a ControlNet to a Stable Diffusion file: BASE= OUT= [ARGS=]
 	$(PY) merge.py attach $(BASE) $(OUT) $(ARGS)
 
-bench: .venv/.run  ## measure the training step and the loader on this machine: [ARGS=]
-	$(PY) bench.py step $(ARGS)
-	$(PY) bench.py data
+bench: .venv/.dev  ## measure this machine against diffusers, in five minutes: [ARGS=]
+	$(PY) bench.py table $(ARGS)
 
 test: .venv/.dev  ## lint, then all tests
 	@$(PY) -m ruff check --quiet . && $(PY) -m ruff format --check --quiet .

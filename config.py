@@ -9,15 +9,26 @@ The functions that need PyTorch import it themselves: `--help` and a wrong flag 
 import argparse
 import dataclasses
 import math
-import os
 import re
 import types
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
+from flag_types import (
+    INF,
+    ConfigError,
+    check_device,
+    default_device,
+    default_workers,
+    flag_name,
+    in_words,
+    number,
+    world_size,
+)
+from flag_types import device as device
 from lowvram.presets import GPU_PRESETS as GPU_PRESETS
 from lowvram.presets import PRESETS, allowed_weight_dtypes
 from lowvram.presets import resolve as resolve
@@ -26,53 +37,6 @@ from training.layouts import COLUMNS_HELP, DATA_HELP, HINTS_HELP, short_name
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")  # the keys of `precision.PRECISIONS`
 TINY_BASE = Path(__file__).parent / "models" / "tiny_sd.safetensors"
-INF = math.inf
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be; the message names the flag, its value and what to do, in one line."""
-
-
-def default_device() -> str:
-    """The device that computes if none is named: a GPU by CUDA, a GPU by MPS (Apple), otherwise the CPU."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def default_workers() -> int:
-    """How many processes load samples if no number is given: 2 beside a GPU."""
-    return 2 if default_device() == "cuda" else 0
-
-
-def world_size() -> int:
-    """The number of processes that train together: what torchrun says, otherwise 1."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def device(name: str) -> str:
-    """`name`, if it is a device that this PyTorch can compute on. Otherwise raises argparse.ArgumentTypeError."""
-    import torch
-
-    try:
-        kind, index = torch.device(name).type, torch.device(name).index or 0
-    except RuntimeError:
-        kind, index = "", 0
-    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if kind not in there:
-        raise argparse.ArgumentTypeError(f"{name!r} is not a device; cpu, cuda, cuda:1 and mps are")
-    if index >= there[kind]:
-        found = f"{there[kind]} of them" if there[kind] else "none"
-        raise argparse.ArgumentTypeError(f"{name}: this PyTorch sees {found}; --device cpu works everywhere, slowly")
-    return name
-
-
-def check_device(name: str) -> None:
-    """ConfigError unless `name` is a device that this PyTorch can compute on."""
-    try:
-        device(name)
-    except argparse.ArgumentTypeError as e:
-        raise ConfigError(f"--device {e}") from e
 
 
 def setting(
@@ -345,10 +309,6 @@ class CommandLine(NamedTuple):
     report: list[str] | None = None  # folders of runs of which a page is written; nothing trains
 
 
-def flag_name(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def written_flag(name: str, value: Any) -> str:
     """A setting as one writes it on a command line: --batch-size 4, --no-cache."""
     if isinstance(value, bool):
@@ -360,24 +320,6 @@ def field_type(name: str) -> type:
     """The type of a setting: bool, int, float or str (without the None that a preset fills in)."""
     hint = get_type_hints(Config)[name]
     return next(kind for kind in get_args(hint) if kind is not types.NoneType) if get_args(hint) else hint
-
-
-def number(kind: type, low: float = -INF, high: float = INF) -> Callable[[str], float]:
-    """A type for argparse: a number of type `kind` (int or float) from `low` to `high`."""
-
-    def parse_number(text: str) -> float:
-        value = kind(text)
-        if not low <= value <= high or not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"is {text}, should be {in_words(low, high)}")
-        return value
-
-    parse_number.__name__ = kind.__name__  # argparse: "invalid int value"
-    return parse_number
-
-
-def in_words(low: float, high: float) -> str:
-    """A range for messages: "1 or more", "0 to 1"."""
-    return "a finite number" if low == -INF else f"{low:g} or more" if high == INF else f"{low:g} to {high:g}"
 
 
 def add_flags(parser: argparse.ArgumentParser, names: Collection[str] = Config.__dataclass_fields__) -> None:

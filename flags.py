@@ -1,4 +1,4 @@
-"""Which flags do data.py, merge.py and play.py have?
+"""Which flags do data.py, merge.py, play.py and bench.py have?
 
 Each function parses the command line of one program. They stand apart from what the programs do, which needs PyTorch:
 `--help` and a wrong flag are answered before that is imported. (The flags of train.py are the settings in `config.py`,
@@ -6,8 +6,10 @@ those of sampler.py the fields of a request in `drawing/request.py`.)
 """
 
 import argparse
+from collections.abc import Callable, Sequence
 
-from config import PRECISIONS, device, number
+from config import PRECISIONS, add_flags
+from flag_types import device, number
 from training.annotators import ANNOTATORS
 from training.files import MAX_MEGAPIXELS
 from training.layouts import COLUMNS_HELP, DATA_HELP, HINTS_HELP
@@ -170,4 +172,69 @@ def parse_play(argv: list[str] | None) -> argparse.Namespace:
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets the whole network draw")
     add("--port", type=number(int, 0, 65535), default=7860, help="port to listen at; 0 takes a free one")
     add("--browser", action=argparse.BooleanOptionalAction, default=True, help="open the page in the browser")
+    return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------------------------------------------------------- bench
+MODELS = ("sd15", "sd21", "sd21_v", "sdxl", "tiny")  # the keys of `ldm.MODELS`
+STEP_SETTINGS = {  # the settings of train.py on which the time of a step depends
+    "device", "batch_size", "accumulate_grad_batches", "precision", "memory", "cache", "channels_last", "compile",
+    "gradient_checkpointing", "attention_slice", "optimizer_bits", "trained_weights", "optimizer_on_cpu", "stream",
+    "ema_decay", "only_mid_control", "sd_locked",
+}  # fmt: skip
+
+
+def parse_bench(argv: list[str] | None, parts: Sequence[str] | None = None) -> argparse.Namespace:
+    """What a command line of bench.py asks for. `parts`: the names that --parts may have; None: any."""
+    parser = argparse.ArgumentParser(
+        prog="bench.py", description="Measure the speed and memory of training and drawing."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add_command(name: str, text: str, **defaults: object) -> Callable[..., argparse.Action]:
+        command = commands.add_parser(
+            name, help=text, usage=f"bench.py {name} [settings]", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        command.add_argument("--resolution", type=int, help="side of the images in pixels (default: the model's)")
+        command.set_defaults(json=False, **defaults)
+        return command.add_argument
+
+    flag = add_command("table", "ours, theirs, ratio and limit of what matters most, in some minutes", model="tiny")
+    flag("--device", default=argparse.SUPPRESS, help="device that is measured (default: as for train.py)")
+    flag("--minutes", type=number(float, 0), default=5, help="what would take longer is left out")
+    as_json = dict(action="store_true", help="print JSON instead of a table")
+    models = dict(choices=MODELS, help="model whose shapes are measured, with random weights")
+    flag = add_command("step", "a training step: its time, memory, parts, and fraction of the machine's limit")
+    flag("--model", default="tiny", **models)
+    flag("--json", **as_json)
+    flag("--against", choices=("diffusers",), help="measure the step of this library too, in turns with ours")
+    flag("--repeat", type=int, default=5, help="steps that are measured, after two that are not")
+    add_flags(commands.choices["step"], STEP_SETTINGS)
+    flag = add_command("sample", "the time of an image of the sampler")
+    flag("--model", default="tiny", **models)
+    flag("--json", **as_json)
+    flag("--against", choices=("diffusers",), help="measure this library's pipeline too, on the same weights")
+    flag("--steps", type=int, default=20, dest="log_steps", metavar="N", help="denoising steps")
+    add_flags(commands.choices["sample"], {"precision", "device"})
+    flag("--repeat", type=int, default=3, help="images that are measured, after one that is not")
+    flag = add_command("memory", "the presets: memory as predicted and, on a GPU, as measured")
+    flag("--model", default="sd15", **models)
+    flag("--batch-size", type=int, nargs="+", default=[1, 4], help="one or more batch sizes")
+    flag("--repeat", type=int, default=0, help="steps that are measured with each preset; 0: only predict")
+    flag = add_command(
+        "data", "the samples that the loader gives in a second, beside what a fast GPU asks for", model="tiny"
+    )
+    flag("--json", **as_json)
+    flag("--workers", type=number(int, 0, 256), nargs="+", default=[0],
+        help="numbers of processes that load samples; 0: the main process loads")  # fmt: skip
+    flag("--count", type=number(int, 2), default=256, help="pairs that are drawn; each is loaded twice")
+    flag("--rows", type=number(int, 0), default=0, help="read them from a list of so many rows, too; 0: of --count")
+    flag = add_command("gpu", "all that has to be seen on a GPU: speed, memory, correctness, whole runs")
+    flag("--model", default="sd15", **models)
+    flag("--device", default=argparse.SUPPRESS, help="cuda, cuda:1, or cpu for a rehearsal with --model tiny")
+    flag("--out", default="runs/gpu", help="folder of the results; parts that are finished there are not made again")
+    names = "a name that is none is answered with all" if parts is None else ", ".join(parts)
+    flag("--parts", nargs="+", choices=parts, metavar="PART", help=f"some of the parts (default: all): {names}")
+    flag("--minutes", type=number(float, 0.01), default=10, help="longest time of a part")
+    flag("--budget", type=number(float, 0.01), default=1e6, help="minutes after which everything ends")
     return parser.parse_args(argv)

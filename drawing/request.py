@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from config import PRECISIONS, ConfigError, default_device, device, number
+from config import PRECISIONS
+from flag_types import ConfigError, default_device, device, flag_name, number
 from training.images import RESAMPLE
 
 SOLVERS = ("ddim", "dpm", "euler", "euler_a")  # the names of `sampler.SOLVERS`, known without PyTorch
@@ -299,10 +300,6 @@ def control_requests(model: str, groups: Sequence[dict[str, Any]]) -> tuple[Cont
     if sum("strengths" in group for group in controls) > 1:
         raise ConfigError("--strengths are the columns of a grid, which one ControlNet can have, and not several")
     return tuple(ControlRequest(**group) for group in controls)
-
-
-def flag_name(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def command_line(request: Request) -> str:

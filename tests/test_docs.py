@@ -128,7 +128,7 @@ COMMANDS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "data.py": (data.main, ("show", "check", "hints")),
     "play.py": (play.parse, ("",)),
     "merge.py": (merge.parse, ("attach", "extract", "transfer", "export", "info")),
-    "bench.py": (bench.parse, ("step", "sample", "memory", "data")),
+    "bench.py": (bench.parse, ("step", "sample", "memory", "data", "gpu", "table")),
     "toy.circles": (circles.main, ("make", "judge")),
     "toy.pretrain": (pretrain.main, ("",)),
     "toy.sdxl": (sdxl.main, ("",)),

@@ -142,7 +142,7 @@ def test_presets_are_ordered_by_speed():
     """On a machine where what is moved and computed decides; this model is so small that beginning would."""
     machine = dataclasses.replace(COMMON, begin=0.0)
     took = []
-    for name in ("exact", *GPU_PRESETS):
+    for name in ("exact", "16gb", "12gb", "8gb", "4gb"):  # each takes more than a second
         unset = Config(base="x", device="cpu", batch_size=4)
         filled = resolve(unset, name)
         took.append(

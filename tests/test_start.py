@@ -7,18 +7,20 @@ from dataclasses import MISSING, fields
 import pytest
 
 import config
+import flags
 import sampler
 from drawing import request
+from ldm import MODELS
 from precision import PRECISIONS
 from tests.test_docs import ROOT
 
 ANSWERS = {
     "train.py": ["--help"], "data.py": ["--help"], "sampler.py": ["--help"], "merge.py": ["--help"],
-    "play.py": ["--help"],
+    "play.py": ["--help"], "bench.py": ["--help"],
 }  # fmt: skip
 REFUSED = {
     "train.py": ["--steps", "0"], "data.py": ["check"], "sampler.py": ["--prompt", "x"], "merge.py": ["export"],
-    "play.py": ["--port", "-1"],
+    "play.py": ["--port", "-1"], "bench.py": ["step", "--batch-size", "0"],
 }  # fmt: skip
 # Runs a program as its command line does, and prints whether PyTorch was imported when it ended.
 RUN = """
@@ -52,6 +54,7 @@ def test_neither_does_a_wrong_flag(program):
 def test_names_that_the_flags_repeat():
     """The flags know number formats and solvers without importing what computes with them."""
     assert tuple(PRECISIONS) == config.PRECISIONS
+    assert tuple(MODELS) == flags.MODELS
     assert (tuple(sampler.SOLVERS), sampler.SPACINGS) == (request.SOLVERS, request.SPACINGS)
 
 

@@ -221,7 +221,8 @@ def _refusal(array: np.ndarray) -> str:
 
 def _decode_picture(image: Image.Image, reading: Reading) -> Decoded:
     raw, kinds = _raw_mode(image), _kinds(image)
-    return _to_pixels(ImageOps.exif_transpose(image), raw, reading)._replace(kinds=kinds)
+    ImageOps.exif_transpose(image, in_place=True)  # otherwise it copies images that need no turning, too
+    return _to_pixels(image, raw, reading)._replace(kinds=kinds)
 
 
 def _to_pixels(image: Image.Image, raw: str, reading: Reading) -> Decoded:
@@ -241,7 +242,8 @@ def _to_pixels(image: Image.Image, raw: str, reading: Reading) -> Decoded:
         image = Image.fromarray(pixels)
     if alpha is not None and reading.channels == 4:
         return Decoded(np.dstack([np.asarray(image.convert("RGB")), alpha]), 255, 255)
-    array = np.asarray(image.convert(MODES[reading.channels or 3]))
+    mode = MODES[reading.channels or 3]
+    array = np.asarray(image if image.mode == mode else image.convert(mode))  # which would copy
     array = array[..., None] if array.ndim == 2 else array
     if largest is None and reading.scale:
         array, largest, full = to_uint8_range(array, 255, reading.scale)
