@@ -61,22 +61,25 @@ def test_what_is_new_trains(wide):
 
 
 # --------------------------------------------------------------------------------------- memory of models of this shape
-def lean(**more) -> Config:
-    return resolve(Config(device="cpu", batch_size=1, workers=0, **more), "4gb")
+SMALL_VAE = dataclasses.replace(sdxl.TINY_SDXL, vae=dataclasses.replace(TINY.vae, ch=8, ch_mult=(1, 1, 1, 1)))
 
 
-def test_the_plan_sees_that_deep_transformers_come_block_by_block(monkeypatch):
-    shape = dict(transformer_depth=(0, 3), channel_mult=(1, 4), attention_resolutions=(2,), model_channels=96)
-    model_config = dataclasses.replace(sdxl.TINY_SDXL, unet=dataclasses.replace(sdxl.TINY_SDXL.unet, **shape))
-    predicted = lambda: estimate.predict(lean(cache=False), model_config, (64, 64))["training"].total
-    parts = predicted()
+def lean() -> Config:
+    return resolve(Config(device="cpu", batch_size=1, workers=0), "4gb")
+
+
+def test_the_plan_sees_single_blocks_on_the_gpu_and_a_control_that_rests(monkeypatch):
+    """Of a deep transformer one block at a time is there, and the VAE decodes without the ControlNet."""
+    shape = dict(transformer_depth=(0, 2), channel_mult=(1, 4), attention_resolutions=(2,), model_channels=96)
+    wide = dataclasses.replace(sdxl.TINY_SDXL.unet, **shape)
+    predicted = lambda: estimate.predict(lean(), dataclasses.replace(SMALL_VAE, unet=wide), (32, 32))
+    peaks = predicted()
     monkeypatch.setattr(unet, "is_deep", lambda block: False)
-    assert parts + 8e6 < predicted()
+    assert peaks["training"].total + 4e6 < predicted()["training"].total
+    assert "trained ControlNet" not in peaks["drawing"].parts and peaks["drawing"].parts["frozen UNet"] > 0
 
 
-def test_a_streamed_run_decodes_without_its_control(base):
-    parts = estimate.predict(lean(cache=False), TINY, (32, 32))["drawing"].parts
-    assert "trained ControlNet" not in parts and parts["frozen UNet"] > 0
+def test_resting_weights_come_back(base):
     trainer = build_trainer(lean(), load_model(ModelSource(base, attach=True)))
     before = {k: v.clone() for k, v in trainer.model.control_model.state_dict().items()}
     with resting_weights(trainer):
