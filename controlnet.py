@@ -100,13 +100,13 @@ class ControlNet(UNetEncoder):
     def from_unet(
         cls, unet: UNet, hint_channels: int = 3, hint_widths: tuple[int, int, int, int] = HINT_WIDTHS, seed: int = 0,
         hint_gain: float = 1.0, transformer_depth: tuple[int, ...] | None = None,
-        weights: Mapping[str, Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None, dtype: torch.dtype = torch.float32,
     ) -> "ControlNet":  # fmt: skip
         """A new ControlNet: the encoder is a copy of `unet`'s, everything else comes from `new_weights`.
 
         `transformer_depth`: a ControlNet with fewer blocks in its transformers, of which each is a copy of the UNet's
         block of that number. Residuals are as many as before. `weights`: the UNet's in full precision, which are copied
-        as float32, where those in `unet` are rounded.
+        as `dtype`, where those in `unet` are rounded.
         """
         config = unet.config if transformer_depth is None else unet.config.with_depth(transformer_depth)
         state = unet.state_dict() | dict(weights or {})
@@ -114,7 +114,7 @@ class ControlNet(UNetEncoder):
         with torch.device("meta"):
             control_model = cls(config, hint_channels, hint_widths)
         like = unet.time_embed[0].weight
-        dtype = torch.float32 if weights else like.dtype
+        dtype = dtype if weights else like.dtype
         copies = {name: state[name].to(like.device, dtype, copy=True) for name in control_model.state_dict()}
         control_model.load_state_dict(copies, assign=True)
         return control_model

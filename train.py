@@ -58,11 +58,12 @@ from training.interruption import Interruption
 from training.preparation import build_samples, open_dataset
 from training.records import Metrics, read_metrics
 from training.run_folder import RunFolder
-from training.setup import Trainer, build_trainer, update_ema, zero_grad
+from training.setup import Trainer, build_trainer, loading_formats, update_ema, zero_grad
 from training.summary import print_summary, print_trial, report
 from training.validation import Validation
 from weights import CheckpointError, ModelSource, load_model
 from weights.runs import list_checkpoints, load_state, newest_checkpoint, run_of
+from weights.source import unet_weights
 
 __all__ = ["Config", "diffusion_loss", "train"]
 
@@ -253,10 +254,12 @@ def train(
         config.lr_steps = schedule_length(config, folder)
         set_process_options(config)
         dataset = open_dataset(config, dataset, run)  # before the model: a bad row is told before gigabytes are read
-        model = load_model(model_source(config, run if resume else None))
+        source = model_source(config, run if resume else None)
+        model = load_model(source, **loading_formats(config))
         config.prediction = model.config.prediction
+        unrounded = None if model.unet.dtype == torch.float32 else unet_weights(source)
         origin = {
-            "base": fingerprint(model.unet, ("input_blocks.",)),
+            "base": fingerprint(model.unet, ("input_blocks.",), unrounded),
             "vae": fingerprint(model.vae, VAE_ENCODER),
             "data": getattr(dataset, "fingerprint", ""),
         }

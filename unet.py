@@ -154,8 +154,12 @@ class UNetEncoder(nn.Module):
         return self.compute_dtype or self.time_embed[0].weight.dtype
 
     def call_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """`block(*inputs)`, with streamed weights and gradient checkpointing where they are on."""
-        call = self.weight_streamer(block) if self.weight_streamer else block
+        """`block(*inputs)`, with streamed weights and gradient checkpointing where they are on: for each of the block's
+        `parts`, of which only one is on the GPU, or computed again, at a time."""
+        return block(*inputs, self._call_part) if is_deep(block) else self._call_part(block, *inputs)
+
+    def _call_part(self, part: nn.Module, *inputs: Tensor) -> Tensor:
+        call = self.weight_streamer(part) if self.weight_streamer else part
         return checkpointed(call, *inputs) if self.gradient_checkpointing else call(*inputs)
 
     def embed(self, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
@@ -233,18 +237,43 @@ class UNet(UNetEncoder):
         return self.decode(*self.encode(x, timesteps, context, y=y), context, control)
 
 
-class Block(nn.Sequential):
-    """Layers in a row. Each gets what it needs: residual blocks the timestep, transformers the context."""
+Call = Callable[..., Tensor]  # call(module, *inputs) is module(*inputs), perhaps with weights that come for it alone
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+
+def call_directly(module: nn.Module, *inputs: Tensor) -> Tensor:
+    return module(*inputs)
+
+
+class Block(nn.Sequential):
+    """Layers in a row. Each gets what it needs: residual blocks the timestep, transformers the context.
+
+    `call` calls the modules that the block consists of (see `parts`)."""
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor, call: Call = call_directly) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
-                x = layer(x, emb)
+                x = call(layer, x, emb)
             elif isinstance(layer, SpatialTransformer):
-                x = layer(x, context)
+                x = layer(x, context, call)
             else:
-                x = layer(x)
+                x = call(layer, x)
         return x
+
+
+def is_deep(block: nn.Module) -> bool:
+    """Whether a block has a transformer of several blocks (SDXL: up to ten, 0.7 GB in bfloat16), and so is called part
+    by part."""
+    transformers = (m for m in block if isinstance(m, SpatialTransformer)) if isinstance(block, Block) else ()
+    return any(transformer.depth > 1 for transformer in transformers)
+
+
+def parts(block: nn.Module) -> list[nn.Module]:
+    """The modules as which `UNetEncoder.call_block` calls `block`: the block itself, or, of a deep one, its layers, and
+    of its transformers the norm, the projections and each block."""
+    if not is_deep(block):
+        return [block]
+    layers = [layer.parts() if isinstance(layer, SpatialTransformer) else [layer] for layer in block]
+    return [part for some in layers for part in some]
 
 
 # -------------------------------------------------------------------------------------------- the layers of a block
@@ -297,7 +326,7 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, c: int, config: UNetConfig, depth: int):
         super().__init__()
-        self.use_linear = config.use_linear_in_transformer
+        self.use_linear, self.depth = config.use_linear_in_transformer, depth
         projection = Linear if self.use_linear else Conv1x1
         self.norm = GroupNorm(config.norm_groups, c, eps=1e-6)
         self.proj_in = projection(c, c)
@@ -305,14 +334,18 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = zero_module(projection(c, c))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def parts(self) -> list[nn.Module]:
+        """The modules that `forward` calls, in their order."""
+        return [self.norm, self.proj_in, *self.transformer_blocks, self.proj_out]
+
+    def forward(self, x: Tensor, context: Tensor, call: Call = call_directly) -> Tensor:
         to_tokens = lambda y: y.flatten(2).transpose(1, 2)  # (B,C,h,w) -> (B,h*w,C)
         to_map = lambda y: y.transpose(1, 2).reshape(x.shape)  # (B,h*w,C) -> (B,C,h,w)
-        h = self.norm(x)
-        h = self.proj_in(to_tokens(h)) if self.use_linear else to_tokens(self.proj_in(h))
+        h = call(self.norm, x)
+        h = call(self.proj_in, to_tokens(h)) if self.use_linear else to_tokens(call(self.proj_in, h))
         for block in self.transformer_blocks:
-            h = block(h, context)
-        return x + (to_map(self.proj_out(h)) if self.use_linear else self.proj_out(to_map(h)))
+            h = call(block, h, context)
+        return x + (to_map(call(self.proj_out, h)) if self.use_linear else call(self.proj_out, to_map(h)))
 
 
 class TransformerBlock(nn.Module):

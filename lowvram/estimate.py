@@ -31,9 +31,17 @@ from lowvram.optimizer import AdamW
 from lowvram.process import GIB
 from lowvram.speed import COMMON, measure_machine, seconds
 from lowvram.tracking import MemoryTracker, Peak, measure
-from training.cache import prepare_batch, text_shape
+from training.cache import PROMPTS_AT_ONCE, prepare_batch, text_shape
 from training.distributed import Ranks
-from training.setup import Trainer, build_trainer, ema_weights, select_trainable, zero_grad
+from training.setup import (
+    Trainer,
+    build_trainer,
+    ema_weights,
+    loading_formats,
+    resting_weights,
+    select_trainable,
+    zero_grad,
+)
 from weights.control_depth import depth_from_text
 from weights.source import ModelSource, read_model
 
@@ -97,7 +105,11 @@ def predict(config: Config, model_config: ModelConfig, size: tuple[int, int]) ->
         peaks = {"training": measure(step, weights() | always | state)}
         if config.cache:
             images = torch.empty(config.encode_batch_size, 3, size[1], size[0], dtype=PRECISIONS[precision])
-            peaks["caching"] = peak_without_grad(lambda: model.vae.moments(images), {"VAE and text encoder": encoders})
+            peaks["caching"] = max(
+                peak_without_grad(lambda: read_prompts(model), {"VAE and text encoder": encoders}),
+                peak_without_grad(lambda: model.vae.moments(images), {"VAE": list(model.vae.parameters())}),
+                key=lambda peak: peak.total,
+            )
         z = torch.empty(1, *make_batch()["noise"].shape[1:])
 
         def draw() -> Tensor:
@@ -105,11 +117,18 @@ def predict(config: Config, model_config: ModelConfig, size: tuple[int, int]) ->
                 return model.decode(z)
 
         decoder = [p for module in model.vae.decoding for p in module.parameters()]
-        peaks["drawing"] = peak_without_grad(draw, weights() | state | {"VAE": decoder})
+        with resting_weights(trainer):
+            peaks["drawing"] = peak_without_grad(draw, weights() | state | {"VAE": decoder})
     for peak in peaks.values():
         peak.total += int(WORKSPACE)
         peak.parts["CUDA's workspaces (allowed)"] = int(WORKSPACE)
     return peaks
+
+
+def read_prompts(model: ControlLDM) -> None:
+    """Encode as many prompts as are encoded at once for the cache."""
+    for encoder in model.text_encoders:
+        encoder.encode(torch.zeros(PROMPTS_AT_ONCE, 77, dtype=torch.int64))
 
 
 def weights_by_kind(trainer: Trainer) -> dict[str, list[Tensor]]:
@@ -417,10 +436,11 @@ def trained_shapes(config: Config, model_config: ModelConfig) -> list[torch.Size
 
 
 def cpu_memory(config: Config, model_config: ModelConfig) -> int:
-    """Bytes that training takes in the CPU's memory, beside the program.
+    """Bytes that training takes in the CPU's memory, beside the program and where a GPU computes.
 
     These are the VAE's decoder while it waits for the next picture, the optimizer (weights, gradients, moments) and the
-    streamed blocks; or, if that is more, the whole model while it is loaded. Pinned memory comes in powers of two.
+    streamed blocks; or, if that is more, the whole model while it is loaded (files are mapped, and do not count), or
+    UNet and ControlNet beside the optimizer's copies. Pinned memory comes in powers of two.
     """
     with torch.device("meta"):
         model = ControlLDM(model_config, config.hint_channels)
@@ -428,14 +448,20 @@ def cpu_memory(config: Config, model_config: ModelConfig) -> int:
     frozen = [p.numel() for p in model.unet.parameters() if not p.requires_grad]
     pinned = lambda counts, width: sum(1 << (n * width - 1).bit_length() for n in counts)
     width = PRECISIONS[config.precision].itemsize
-    training = width * sum(p.numel() for module in model.vae.decoding for p in module.parameters()) * config.cache
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    decoder = width * sum(map(count, model.vae.decoding)) * config.cache
+    training = decoder
     if config.optimizer_on_cpu:
         moments = 2 * config.optimizer_bits // 8
         training += 2 * pinned(trained, 4) + sum(trained) * (moments + 4 * bool(config.ema_decay))
     if config.stream:
         training += pinned(frozen, width)
-    loading = 4 * sum(p.numel() for p in model.parameters()) + config.optimizer_on_cpu * 2 * pinned(trained, 4)
-    return max(training, loading)
+    formats = loading_formats(config)
+    networks = sum(frozen) * formats["unet_dtype"].itemsize + 4 * (count(model.unet) - sum(frozen))
+    networks += count(model.control_model) * formats["control_dtype"].itemsize
+    loading = networks + 4 * count(model.vae) + count(model.text) * formats["text_dtype"].itemsize
+    copying = networks + decoder + config.optimizer_on_cpu * 2 * pinned(trained, 4)
+    return max(training, loading, copying)
 
 
 def open_data(config: Config) -> data.FolderDataset:

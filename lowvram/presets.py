@@ -2,6 +2,7 @@
 
 A preset gives a value to every setting about memory that is not given one by one (`config.Config`, where such a setting
 is None). `exact` is the tutorial's fp32; the others are named after a GPU that trains SD 1.5 with them at 512 px.
+`5gb` is there for SDXL, whose frozen weights are most of what `6gb` takes.
 `lowvram/estimate.py` predicts what a preset takes and chooses one. PyTorch is imported where a GPU is asked, so that
 `--help` need not wait for it.
 """
@@ -21,6 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "12gb": _EXACT | dict(precision="bf16", optimizer_bits=16),
     "8gb": _RECOMPUTED | dict(optimizer_bits=8, encode_batch_size=2),
     "6gb": _RECOMPUTED | dict(trained_weights="bf16", optimizer_bits=8, encode_batch_size=1),
+    "5gb": _RECOMPUTED | dict(trained_weights="bf16", optimizer_bits=8, stream=True, encode_batch_size=1),
     "4gb": _RECOMPUTED | dict(trained_weights="bf16", optimizer_on_cpu=True, stream=True, encode_batch_size=1),
 }
 GPU_PRESETS = tuple(name for name in PRESETS if name not in ("exact", "fast"))  # the choice of `auto`, fastest first

@@ -3,6 +3,8 @@
     GPU computes      block 1   block 2   block 3   ...   block 3, 2, 1 again in the backward pass
     weights copied    block 2   block 3   block 4   ...
 
+A block of SDXL, with up to ten blocks in its transformer, comes in parts (`unet.parts`).
+
 The order is not written down: after every two calls in a row, the block that was called next is remembered, and from
 the second step on it is the one to copy ahead. (Two calls tell the downward from the backward pass; one would not.)
 """

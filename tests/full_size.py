@@ -7,12 +7,13 @@ attach    writes a file of the published keys, shapes and size (a pickle with th
           shapes with the inventory
 exchange  exports the whole for diffusers and lets diffusers and transformers compute with it, beside our own; of SDXL
           one network at a time, weights in bfloat16 (with --compute fp32 12 GiB of private memory, otherwise less)
-step      trains some steps with train.py in each precision
+step      trains some steps with train.py in each precision; SDXL in bf16 with --memory 6gb, for which 24 GiB suffice
 """
 
 import argparse
 import gzip
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -245,20 +246,22 @@ def exchange(model: str, work: Path) -> None:
     print(f"{model} back: all {same} tensors of the folder equal the file's", flush=True)
 
 
-def step(model: str, work: Path, precisions: list[str], resolution: int, steps: int) -> None:
+def step(model: str, work: Path, precisions: list[str], resolution: int, steps: int, memory: str) -> None:
     base = base_file(model, work)
-    if not base.exists():
-        write_base(model, base)
+    if not base.exists():  # in a process of its own, with which the memory that it took ends
+        writer = multiprocessing.Process(target=write_base, args=(model, base))
+        writer.start()
+        writer.join()
     circles.make(work / "circles", 20, resolution)
     for precision in precisions:
         folder = work / f"run-{model}-{precision}"
         flags = ["--base", base, "--data", work / "circles", "--out", folder, "--cache-dir", work / "cache",
                  "--overwrite", "--steps", steps, "--batch-size", 1, "--logger-freq", 0, "--precision", precision,
-                 "--prediction", "eps"]  # fmt: skip
+                 "--prediction", "eps", "--memory", memory]  # fmt: skip
         seconds, resident, private = run("train.py", *flags)
         each = [1 / entry["images_per_second"] for entry in read_metrics(folder)][1:]
         print(
-            f"{model} step: {resolution} px, batch 1, {precision}: {statistics.median(each):.2f} s "
+            f"{model} step: {resolution} px, batch 1, --memory {memory}, {precision}: {statistics.median(each):.2f} s "
             f"({min(each):.2f} to {max(each):.2f}, {len(each)} steps), peak {private:.1f} GiB private, "
             f"{resident:.1f} GiB resident; whole command {seconds:.0f} s",
             flush=True,
@@ -270,7 +273,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("model", choices=("sd15", "sd21", "sdxl"))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--precision", nargs="+", help="of the steps (default: fp32 and bf16; of SDXL bf16)")
+    parser.add_argument("--memory", help="preset of the steps (default: fast; of SDXL 6gb)")
     parser.add_argument("--compute", choices=("bf16", "fp32"), default="bf16", help="of SDXL's exchange")
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--steps", type=int, default=4)
@@ -286,7 +290,9 @@ def main() -> None:
         elif "exchange" in args.parts:
             exchange(args.model, work)
         if "step" in args.parts:
-            step(args.model, work, args.precision, args.resolution, args.steps)
+            precisions = args.precision or (["bf16"] if args.model == "sdxl" else ["fp32", "bf16"])
+            memory = args.memory or ("6gb" if args.model == "sdxl" else "fast")
+            step(args.model, work, precisions, args.resolution, args.steps, memory)
     finally:
         if not args.work:
             shutil.rmtree(work)

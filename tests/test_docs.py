@@ -19,7 +19,7 @@ import merge
 import play
 import sampler
 from ldm import SD15, ControlLDM
-from toy import circles, pretrain
+from toy import circles, pretrain, sdxl
 
 ROOT = Path(__file__).parent.parent
 README, TOUR, MAKEFILE = (ROOT / name for name in ("README.md", "docs/tour.md", "Makefile"))
@@ -131,6 +131,7 @@ COMMANDS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "bench.py": (bench.parse, ("step", "sample", "memory", "data", "gpu", "table")),
     "toy.circles": (circles.main, ("make", "judge")),
     "toy.pretrain": (pretrain.main, ("",)),
+    "toy.sdxl": (sdxl.main, ("",)),
 }
 
 

@@ -489,7 +489,7 @@ def test_out_of_memory_says_what_would_fit(config, monkeypatch):  # noqa: F811
 
 
 def test_auto_takes_the_first_preset_that_fits(config, monkeypatch):  # noqa: F811
-    need = {"16gb": 9, "12gb": 8, "8gb": 7, "6gb": 5, "4gb": 3}
+    need = {"16gb": 9, "12gb": 8, "8gb": 7, "6gb": 5, "5gb": 4, "4gb": 3}
     monkeypatch.setattr(estimate, "predict", lambda c, *_: {"training": estimate.Peak(need[c.out])})
     monkeypatch.setattr(estimate, "resolve", lambda c, name: dataclasses.replace(c, out=name))
     for room, wanted in ((9, "16gb"), (8, "12gb"), (7.5, "8gb"), (3, "4gb"), (2, None)):
@@ -509,8 +509,8 @@ def test_what_is_given_beside_a_preset_wins(config, monkeypatch):  # noqa: F811
         monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: name == "is_available")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     old = {name: resolve(dataclasses.replace(free, device="cuda"), name) for name in PRESETS}
-    assert [c.precision for c in old.values()] == ["fp32", "fp32", "fp16", "fp16", "fp16", "fp16", "fp16"]
-    assert [c.trained_weights for c in old.values()] == ["fp32", "fp32", "fp32", "fp32", "fp32", "fp32", "fp16"]
+    assert [c.precision for c in old.values()] == ["fp32", "fp32"] + 6 * ["fp16"]
+    assert [c.trained_weights for c in old.values()] == 7 * ["fp32"] + ["fp16"]
     for c in old.values():
         config_module.validate(c)
 

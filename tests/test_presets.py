@@ -191,7 +191,8 @@ def test_the_plan_has_a_line_for_every_preset(config, monkeypatch):  # noqa: F81
     table = [line.split() for line in lines if line.split()[:1] and line.split()[0] in PRESETS]
     assert [row[:4] for row in table] == [
         ["exact", "10.00", "0.50", "80"], ["16gb", "9.00", "1.00", "79"], ["12gb", "8.00", "1.00", "78"],
-        ["8gb", "7.00", "1.00", "77"], ["6gb", "6.00", "1.00", "76"], ["4gb", "5.00", "0.50", "75"],
+        ["8gb", "7.00", "1.00", "77"], ["6gb", "6.00", "1.00", "76"], ["5gb", "5.00", "1.00", "75"],
+        ["4gb", "4.00", "0.50", "74"],
     ]  # fmt: skip
     assert "--memory 12gb is the fastest preset that fits" in lines[-1]
     assert any("RTX 3060" in line for line in lines)

@@ -21,7 +21,7 @@ from lowvram.streaming import BlockStreamer
 from tests.conftest import GOLDEN, distance, golden
 from tests.golden.fill import arr, fill
 from tests.test_golden import CLOSE, filled, pair
-from unet import UNet, UNetConfig
+from unet import UNet, UNetConfig, parts
 from vae import VAEConfig
 
 SMALL = UNetConfig(
@@ -99,19 +99,32 @@ def test_training_loss_and_gradients():
 
 
 def test_checkpointing_and_streaming_change_nothing():
-    """Also where label_emb itself is called through a streamer."""
+    """Also where label_emb itself is called through a streamer, and where a transformer has several blocks."""
     unet, control = pair(SMALL)
     plain = gradients(unet, control)[1]
     again = pair(SMALL)
     for network in again:
         network.gradient_checkpointing = True
     frozen = again[0].requires_grad_(False)
-    blocks = (frozen.label_emb, *frozen.input_blocks, frozen.middle_block)
+    blocks = [frozen.label_emb]
+    blocks += [part for block in (*frozen.input_blocks, frozen.middle_block) for part in parts(block)]
     streamer = frozen.weight_streamer = BlockStreamer(blocks, "cpu", torch.float32)
     recomputed = gradients(*again)[1]
     assert plain.keys() == recomputed.keys() and len(streamer.weights) == len(blocks)
     assert all(torch.equal(v, recomputed[k]) for k, v in plain.items())
-    assert id(frozen.label_emb) in {key for pair in streamer.next_block for key in pair}
+    assert {key for pair in streamer.next_block for key in pair} >= {id(part) for part in blocks[:-1]}
+
+
+def test_the_parts_of_a_block_are_all_of_it_and_small():
+    with torch.device("meta"):
+        unet, deep = UNet(SDXL.unet), UNet(SMALL)
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    for block in (*unet.input_blocks, unet.middle_block, *unet.output_blocks, *deep.output_blocks):
+        ids = [id(p) for part in parts(block) for p in part.parameters()]
+        assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in block.parameters()}
+    middle = parts(unet.middle_block)
+    assert len(middle) == 1 + 13 + 1 and 10 * max(map(count, middle[2:-2])) < count(unet.middle_block)
+    assert parts(unet.input_blocks[1]) == [unet.input_blocks[1]]  # as all of Stable Diffusion's blocks
 
 
 def test_y_is_neither_forgotten_nor_ignored():

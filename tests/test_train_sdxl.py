@@ -15,7 +15,7 @@ from training.cache import build_cache, prepare_batch
 from training.preparation import build_samples
 from training.records import read_metrics
 from weights import CheckpointError, ModelSource, load_control, load_model, load_state_dict
-from weights.runs import newest_checkpoint
+from weights.runs import load_state, newest_checkpoint
 from weights.writing import save_safetensors
 
 SMALL = dataclasses.replace(
@@ -132,3 +132,32 @@ def test_a_smaller_control_trains_resumes_and_draws(config, depth, tmp_path):
                 out=str(tmp_path / "other"),
             )
         )
+
+
+@pytest.mark.parametrize(
+    "change", [{"memory": "6gb"}, {"memory": "4gb", "sd_locked": False}, {"only_mid_control": True}]
+)
+def test_weights_that_are_rounded_are_loaded_rounded_with_the_same_numbers(config, change, tmp_path, monkeypatch):
+    """Where a model was loaded in float32 and rounded afterwards, as before, nothing differs in what is saved."""
+    config = dataclasses.replace(config, **{"memory": "8gb", "optimizer_bits": 32} | change, steps=2)
+    seen, build = [], train.build_trainer
+    monkeypatch.setattr(train, "build_trainer", lambda c, model: seen.append(dtypes(model)) or build(c, model))
+    short = train.train(config)
+    monkeypatch.setattr(train, "loading_formats", lambda config: {})
+    long = train.train(dataclasses.replace(config, out=str(tmp_path / "long")))
+    bf16, fp32 = torch.bfloat16, torch.float32
+    trains_short = "only_mid_control" not in change and change["memory"] == "6gb"
+    assert seen[0] == {"encoder": bf16, "decoder": bf16 if config.sd_locked else fp32,
+                       "control": bf16 if trains_short else fp32}  # fmt: skip
+    assert set(seen[1].values()) == {fp32}
+    for name in ("trained.safetensors", "optimizer.safetensors"):
+        a, b = (load_state_dict(newest_checkpoint(run) / name) for run in (short, long))
+        assert equal(a, b)
+    states = [load_state(newest_checkpoint(run)) for run in (short, long)]
+    assert states[0]["base"] == states[1]["base"] and states[0]["vae"] == states[1]["vae"]
+
+
+def dtypes(model: ControlLDM) -> dict[str, torch.dtype]:
+    unet = model.unet
+    parts = {"encoder": unet.input_blocks, "decoder": unet.output_blocks, "control": model.control_model}
+    return {name: next(part.parameters()).dtype for name, part in parts.items()}

@@ -27,6 +27,7 @@ from PIL import Image, ImageColor
 from tqdm import tqdm
 
 import data
+from conditioning import whole_image
 from config import default_device, device, number
 from ldm import ControlLDM
 from sampler import Control, Sampling, sample
@@ -226,17 +227,19 @@ def draw_all(
     The model gets the circle's prompt and, with `control`, its hint of a `kind` in HINTS. `progress` is called with the
     number of images that were finished since the last call.
     """
-    images, batch_size, size = [], 16, sides(size)
+    images, batch_size, size, nothing = [], 16, sides(size), model.encode_negative("")
     for first in range(0, len(circles), batch_size):
         batch = circles[first : first + batch_size]
-        context, negative = model.encode_prompts([c.prompt for c in batch]), model.encode_prompts([""])
+        context, pooled = model.encode_text([c.prompt for c in batch])
+        negative, negative_pooled = (x if x is None else x.expand(len(batch), *x.shape[1:]) for x in nothing)
+        sizes = whole_image(size, len(batch))
+        y = {"y": model.make_y(pooled, sizes), "negative_y": model.make_y(negative_pooled, sizes)}
         controls = []
         if control:
             hint = torch.stack([data.to_tensor(c.draw(size, kind)[0][..., :1] / np.float32(255)) for c in batch])
             hint = hint.expand(-1, model.control_model.hint_channels, -1, -1).to(model.device)
             controls = [Control(model.control_model, hint)]
-        negative = negative.expand_as(context)
-        latents = sample(model, context, negative, controls, size, Sampling(steps), first)
+        latents = sample(model, context, negative, controls, size, Sampling(steps), first, **y)
         images += to_uint8(model.decode(latents))
         progress(len(batch))
     return images

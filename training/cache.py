@@ -16,7 +16,7 @@ The last bits of a latent can depend on how many images are encoded at once: see
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -187,6 +187,7 @@ def _write_row(file: BinaryIO, number: int, content: bytes) -> None:
     file.write(content)
 
 
+PROMPTS_AT_ONCE = 64  # that the text encoders encode
 VAE_ENCODER = ("encoder.", "quant_conv.")  # key prefixes of the VAE's weights that latents depend on
 
 
@@ -213,14 +214,18 @@ class CachedEncodings:
         return self.contexts[key]
 
 
-def fingerprint(module: nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:
+def fingerprint(
+    module: nn.Module, prefixes: tuple[str, ...] = ("",), weights: Mapping[str, Tensor] | None = None
+) -> str:
     """A name of 16 hex digits for the weights of `module` whose keys start with one of `prefixes`.
 
-    The name depends on the values, shapes and dtypes of these weights and on the module's configuration.
+    The name depends on the values, shapes and dtypes of these weights and on the module's configuration. `weights`:
+    those of the module before they were rounded, whose name as float32 is wanted.
     """
     digests = []
     for name, p in module.state_dict().items():
         if name.startswith(prefixes):
+            p = p if weights is None else weights.get(name, p).float()
             flat = p.detach().cpu().contiguous().reshape(-1)
             digests.append(digest(flat.view(torch.uint8).numpy().tobytes(), str(p.dtype), tuple(p.shape)))
     return digest(*digests, repr(module.config)).hex()[:16]
@@ -252,8 +257,6 @@ def build_cache(
     first = keys[: 8 * variants : variants]
     if any((dataset.key(i), dataset.prompt(i)) != (key, prompts[i]) for i, key in enumerate(first)):
         raise DataError("the data set gives another item each time it is asked for one: use --no-cache (cache=False)")
-    folder = cache_dir / f"latents-{fingerprint(model.vae, VAE_ENCODER)}"
-    latents = cache_latents(model, dataset, folder, batch_size, keys)
     unique = list(dict.fromkeys(["", *prompts]))  # the empty prompt takes the place of dropped ones
 
     def encode_prompts(positions: list[int]) -> Tensor:
@@ -262,7 +265,10 @@ def build_cache(
 
     dtype = next(text.parameters()).dtype
     contexts = RowCache(cache_dir / f"contexts-{fingerprint(text)}", "prompts", text_shape(model.config), dtype)
-    contexts.fill([digest(prompt) for prompt in unique], encode_prompts, 64, "prompts")
+    contexts.fill([digest(prompt) for prompt in unique], encode_prompts, PROMPTS_AT_ONCE, "prompts")
+    text.cpu()  # so that encoding images has the GPU for itself: those of SDXL have 1.5 GB in bfloat16
+    folder = cache_dir / f"latents-{fingerprint(model.vae, VAE_ENCODER)}"
+    latents = cache_latents(model, dataset, folder, batch_size, keys)
     sizes = [dataset.size_of(i) for i in range(len(dataset))]
     return CachedEncodings(latents, keys, contexts, sizes, variants)
 

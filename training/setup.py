@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,11 @@ from torch import Tensor, nn
 from config import Config
 from ldm import PRECISIONS, ControlLDM, compute_dtype_for
 from lowvram.muon import Muon
-from lowvram.offload import OptimizerInPlace, OptimizerOnCPU, is_fake, is_kept_on_cpu
+from lowvram.offload import OptimizerInPlace, OptimizerOnCPU, is_fake, is_kept_on_cpu, to_pinned_cpu
 from lowvram.optimizer import AdamW
 from lowvram.streaming import BlockStreamer
 from training.health import Health
-from unet import CrossAttention
+from unet import CrossAttention, parts
 
 
 @dataclass
@@ -66,6 +67,21 @@ def select_trainable(model: ControlLDM, config: Config) -> dict[str, nn.Paramete
         if (in_control and not unused) or (in_decoder and not config.sd_locked):
             trainable[name] = p.requires_grad_(True)
     return trainable
+
+
+def loading_formats(config: Config) -> dict[str, Any]:
+    """The arguments with which `weights.load_model` loads the model that `config` (resolved) trains: frozen weights in
+    the formats to which `build_trainer` and the cache round them anyway. SDXL then takes half of the CPU's memory.
+
+    The ControlNet stays float32 where that many bits are kept of it: of masters, and of a part that does not train.
+    """
+    kept_in_full = config.optimizer_on_cpu or config.only_mid_control
+    return dict(
+        unet_dtype=PRECISIONS[config.precision],
+        control_dtype=torch.float32 if kept_in_full else PRECISIONS[config.trained_weights],
+        text_dtype=compute_dtype_for(config.precision, config.device),
+        in_full=lambda model: select_trainable(model, config),
+    )
 
 
 def build_trainer(config: Config, model: ControlLDM) -> Trainer:
@@ -107,7 +123,7 @@ def place_weights(config: Config, model: ControlLDM) -> None:
         p.data = p.data.to(trained_dtype if p.requires_grad else frozen_dtype)
     if config.stream:
         blocks = (*unet.input_blocks, unet.middle_block, *unet.output_blocks)
-        unet.weight_streamer = BlockStreamer(blocks, config.device, compute_dtype)
+        unet.weight_streamer = BlockStreamer([p for b in blocks for p in parts(b)], config.device, compute_dtype)
     for network in (unet, control_model):
         network.compute_dtype, network.gradient_checkpointing = compute_dtype, config.gradient_checkpointing
         for p in network.parameters():
@@ -157,3 +173,17 @@ def ema_weights(trainer: Trainer) -> Iterator[None]:
     finally:
         for name, weights in kept.items():
             trainer.trainable[name].data = weights
+
+
+@contextlib.contextmanager
+def resting_weights(trainer: Trainer) -> Iterator[None]:
+    """While entered, the ControlNet of a run with `stream` is in CPU memory: on a small GPU the VAE's decoder needs the
+    room. The numbers stay the same."""
+    weights = list(trainer.model.control_model.parameters()) if trainer.config.stream else []
+    for p in weights:
+        p.data = to_pinned_cpu(p.data)
+    try:
+        yield
+    finally:
+        for p in weights:
+            p.data = p.data.to(trainer.config.device, copy=True)

@@ -32,7 +32,7 @@ from training.records import (
     turned_at,
 )
 from training.run_folder import RunFolder
-from training.setup import Trainer, ema_weights
+from training.setup import Trainer, ema_weights, resting_weights
 
 
 def held_out(count: int, wanted: int) -> range:
@@ -175,21 +175,23 @@ class Validation:
                 drawn += self._sample(batches[-1], first=len(shown))
                 shown += items
         resting_device = model.vae.post_quant_conv.weight.device  # after caching the VAE's decoder is on the CPU
-        for part in model.vae.decoding:
-            part.to(config.device)
         decode = lambda latents: [to_uint8(model.decode(z))[0] for some in latents for z in some.split(1)]
+        with resting_weights(self.trainer):
+            for part in model.vae.decoding:
+                part.to(config.device)
+            pictures, reconstructed = decode(drawn), decode(batch["latents"] for batch in batches)
+            for part in model.vae.decoding:
+                part.to(resting_device)
         save_grid(
             path,
             {
                 "control": [hint_image(h) for batch in batches for h in batch["hint"]],
-                "prediction": decode(drawn),
+                "prediction": pictures,
                 "ground truth": [to_uint8(data.to_tensor(dataset.target(i))[None])[0] for i in shown],
-                "reconstruction": decode(batch["latents"] for batch in batches),
+                "reconstruction": reconstructed,
             },
             [dataset.prompt(i) for i in shown],
         )
-        for part in model.vae.decoding:
-            part.to(resting_device)
 
     def _sample(self, batch: dict[str, Tensor], first: int) -> list[Tensor]:
         """Draw with the hints of a batch, `batch_size` at a time: latents. `first`: the number of the first image."""

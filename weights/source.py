@@ -12,7 +12,7 @@ otherwise from the shapes of the UNet (`detect_model`). Keys are original ones e
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,11 +71,17 @@ class ModelSource:
     seed: int = 0  # of the initial weights of a new ControlNet's hint encoder
 
 
-def load_model(source: ModelSource | str | Path, unet_dtype: torch.dtype = torch.float32) -> ControlLDM:
+def load_model(
+    source: ModelSource | str | Path, unet_dtype: torch.dtype = torch.float32,
+    control_dtype: torch.dtype = torch.float32, text_dtype: torch.dtype = torch.float32,
+    in_full: Callable[[ControlLDM], Collection[str]] = lambda model: (),
+) -> ControlLDM:  # fmt: skip
     """Build the model that `source` names: float32, on the CPU, in evaluation mode, requiring no gradients.
 
-    `control_model` is None if the source has no ControlNet and does not ask to attach one. `unet_dtype`: of the UNet
-    alone, which in SDXL has 10 GB in float32; a new ControlNet is a copy of the weights that are not rounded. Raises
+    `control_model` is None if the source has no ControlNet and does not ask to attach one. `unet_dtype`,
+    `control_dtype`, `text_dtype`: of these networks, of which SDXL's have 10, 5 and 3 GB in float32; tensor by tensor
+    is read and rounded, so the float32 model is never in memory. A new ControlNet is a copy of the weights that are not
+    rounded. `in_full`: names the parameters of the UNet (of a model without content) that stay float32. Raises
     CheckpointError.
     """
     source = _with_run_settings(source)
@@ -85,16 +91,19 @@ def load_model(source: ModelSource | str | Path, unet_dtype: torch.dtype = torch
     hint_channels = _hint_channels(source, control) if control else None
     with torch.device("meta"):
         model = ControlLDM(config, hint_channels)
-    encoders = zip(text_prefixes(config), model.text_encoders, strict=True)
-    for prefix, module in ((UNET, model.unet), (VAE, model.vae), *encoders):
-        dtype = unet_dtype if prefix == UNET else torch.float32
-        load_component(_origin(source, prefix), module, strip_prefix(base, prefix), prefix, source.seed, dtype)
+    full = {name.removeprefix(UNET) for name in in_full(model) if name.startswith(UNET)}
+    networks = [(UNET, model.unet, unet_dtype), (VAE, model.vae, torch.float32)]
+    prefixes = text_prefixes(config)
+    networks += [(prefix, net, text_dtype) for prefix, net in zip(prefixes, model.text_encoders, strict=True)]
+    for prefix, module, dtype in networks:
+        load_component(_origin(source, prefix), module, strip_prefix(base, prefix), prefix, source.seed, dtype, full)
     if control:
-        load_component(_origin(source, CONTROL), model.control_model, control, CONTROL, source.seed)
+        path = _origin(source, CONTROL)
+        load_component(path, model.control_model, control, CONTROL, source.seed, control_dtype)
     elif source.attach:
         model.control_model = ControlNet.from_unet(
             model.unet, source.hint_channels or 3, config.hint_widths, source.seed, config.hint_gain,
-            config.control_depth, strip_prefix(base, UNET),
+            config.control_depth, strip_prefix(base, UNET), control_dtype,
         )  # fmt: skip
     load_trained(source.path, model, trained)
     if control and is_run(source.path):
@@ -109,6 +118,11 @@ def read_model(source: ModelSource | str | Path) -> tuple[dict[str, Tensor], Mod
     config = _read_config(source, base | trained, saved)
     check_networks(base, config, lambda prefix: _origin(source, prefix))
     return base | trained, config
+
+
+def unet_weights(source: ModelSource | str | Path) -> dict[str, Tensor]:
+    """The weights of the base's UNet (keys without prefix) as the files have them: mapped, and not rounded."""
+    return strip_prefix(_read_base(_with_run_settings(source)), UNET)
 
 
 def merge_sources(source: ModelSource | str | Path) -> dict[str, Tensor]:
@@ -354,9 +368,10 @@ def apply_overrides(path: Path, state: dict[str, Tensor], source: ModelSource) -
 # ---------------------------------------------------------------------------------------------------- filling a model
 def load_component(
     path: str | Path, module: nn.Module, state: dict[str, Tensor], prefix: str, seed: int = 0,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, full: Collection[str] = (),
 ) -> None:  # fmt: skip
-    """Load a component's tensors, as `dtype`, into `module` on the meta device; `path` is named in messages.
+    """Load a component's tensors, as `dtype` (those named in `full` as float32), into `module` on the meta device;
+    `path` is named in messages.
 
     An `Addition` whose weights the file lacks is initialised from `seed`. Raises CheckpointError, in one line, for
     other missing weights and for weights of another shape.
@@ -368,11 +383,13 @@ def load_component(
         raise CheckpointError(f"{path}: has no {name}{way_out}")
     if isinstance(module, CLIPTextModel):
         state = _clip_spelling(path, state)
-    state = _new_additions(module, state, seed) | state
+    new = _new_additions(module, state, seed)
+    state = new | state
     refuse_unknown(path, prefix, state.keys() - own.keys(), state)
     _check_none_missing(path, state, own, prefix)
     _check_shapes(path, own, state, prefix)
-    module.load_state_dict({k: state[k].to(dtype, copy=True) for k in own}, assign=True)
+    kept_as = lambda name: torch.float32 if name in full or name in new else dtype
+    module.load_state_dict({k: state[k].to(kept_as(k), copy=True) for k in own}, assign=True)
 
 
 def _new_additions(module: nn.Module, state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
