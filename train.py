@@ -387,7 +387,7 @@ def main(argv: list[str] | None = None) -> None:
         entries = read_metrics(command.resume) if command.resume else []
         speeds = [entry["images_per_second"] for entry in entries if "images_per_second" in entry]
         rate = command.rate or (statistics.median(speeds) if speeds else None)
-        return print(plan(command.config, command.vram, rate))
+        return print(plan(command.config, command.vram, rate, processes=os.cpu_count() or 1))
     if command.config.data == DEMO["data"] and not data.is_dataset(DEMO["data"]):
         circles.make(DEMO["data"])
     if command.trial:

@@ -9,9 +9,14 @@ backward pass and an update, while `lowvram/tracking.py` counts the bytes that a
 which `lowvram/speed.py` reckons the speed. What CUDA needs beside the tensors is allowed for by two constants.
 """
 
+import contextlib
 import dataclasses
+import functools
 import math
+import multiprocessing
+import signal
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -343,11 +348,12 @@ def describe_memory(config: Config) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------- plan
-def plan(config: Config, vram: float | None = None, rate: float | None = None) -> str:
+def plan(config: Config, vram: float | None = None, rate: float | None = None, processes: int = 1) -> str:
     """What training as `config` says would take, as a page of text.
 
-    vram: GiB of the GPU in question. rate: images a second, to tell the time. Raises CheckpointError or DataError for
-    what cannot be trained on.
+    vram: GiB of the GPU in question. rate: images a second, to tell the time. processes: that predict at the same time,
+    each one preset; more than 1 only in programs that other processes may import. Raises CheckpointError or DataError
+    for what cannot be trained on.
     """
     model_config, size = model_and_size(config)
     on_gpu = "cuda" in config.device and torch.cuda.is_available()
@@ -356,8 +362,7 @@ def plan(config: Config, vram: float | None = None, rate: float | None = None) -
     # a resumed run has all settings about memory fixed: unset them, to compare the presets
     fixed = config.memory != "auto"
     unset = dataclasses.replace(config, **dict.fromkeys(PRESETS["exact"])) if fixed else config
-    bar = tqdm(("exact", *GPU_PRESETS), desc="predicting memory", unit="preset", leave=False, disable=None)
-    predictions = {name: predict(resolve(unset, name), model_config, size) for name in bar}
+    predictions, batches = predict_presets(unset, model_config, size, vram, processes)
     fitting = lambda name: vram and largest_peak(predictions[name]) + CUDA_CONTEXT <= vram * GIB
     fits = next(filter(fitting, GPU_PRESETS), None)
     preset = config.memory if fixed else fits or GPU_PRESETS[-1 if vram else 0]
@@ -391,7 +396,7 @@ def plan(config: Config, vram: float | None = None, rate: float | None = None) -
     if rate:
         hours = config.steps * images / rate / 3600
         lines.append(f"time                  {hours:6.1f} h for {config.steps} steps at {rate:g} images/s")
-    lines += ["", *preset_table(unset, model_config, size, predictions, vram)]
+    lines += ["", *preset_table(unset, predictions, batches)]
     if vram:
         verdict = f"--memory {fits} is the fastest preset that fits" if fits else "none of the presets fits"
         lines.append(f"{vram:g} GiB, of which CUDA itself takes {CUDA_CONTEXT / GIB:.1f}: {verdict}")
@@ -400,16 +405,44 @@ def plan(config: Config, vram: float | None = None, rate: float | None = None) -
     return "\n".join(lines)
 
 
-def preset_table(
-    config: Config,
-    model_config: ModelConfig,
-    size: tuple[int, int],
-    predictions: Mapping[str, Mapping[str, Peak]],
-    vram: float | None,
-) -> list[str]:
-    """What each preset takes, as lines of text: memory, speed, with `vram` (GiB) the largest batch that fits, settings.
+def predict_presets(
+    config: Config, model_config: ModelConfig, size: tuple[int, int], vram: float | None, processes: int
+) -> tuple[dict[str, dict[str, Peak]], dict[str, int]]:
+    """The prediction of every preset and, with `vram` (GiB), the largest batch that fits: two dictionaries by preset.
 
-    config: with no preset filled in; predictions: of the presets.
+    config: with no preset filled in. A prediction takes some seconds of one core, so `processes` share them.
+    """
+    names = ("exact", *GPU_PRESETS)
+    one = functools.partial(predict_preset, config, model_config, size, vram)
+    with contextlib.ExitStack() as stack:
+        each = map
+        if processes > 1:
+            context = multiprocessing.get_context("spawn")  # a fork would copy PyTorch's threads half
+            ignore = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is for the plan
+            each = stack.enter_context(ProcessPoolExecutor(min(processes, len(names)), context, **ignore)).map
+        found = tqdm(
+            each(one, names), desc="predicting memory", unit="preset", total=len(names), leave=False, disable=None
+        )
+        by_name = dict(zip(names, found, strict=True))
+    batches = {name: batch for name, (_, batch) in by_name.items() if batch is not None}
+    return {name: peaks for name, (peaks, _) in by_name.items()}, batches
+
+
+def predict_preset(
+    config: Config, model_config: ModelConfig, size: tuple[int, int], vram: float | None, name: str
+) -> tuple[dict[str, Peak], int | None]:
+    """The prediction of preset `name` and, with `vram` (GiB), the largest batch that fits."""
+    config = resolve(config, name)
+    peaks = predict(config, model_config, size)
+    return peaks, largest_batch(config, model_config, size, peaks, vram * GIB) if vram else None
+
+
+def preset_table(
+    config: Config, predictions: Mapping[str, Mapping[str, Peak]], batches: Mapping[str, int]
+) -> list[str]:
+    """What each preset takes, as lines of text: memory, speed, the largest batch where `batches` has it, settings.
+
+    config: with no preset filled in; predictions and batches: those of `predict_presets`.
     """
     on_gpu = "cuda" in config.device and torch.cuda.is_available()
     machine = measure_machine(config.device) if on_gpu else COMMON
@@ -418,12 +451,12 @@ def preset_table(
         name: seconds(peaks["training"].operations, machine, filled[name].precision)
         for name, peaks in predictions.items()
     }
-    lines = [f"{'--memory':10}{'GiB':>6}  {'speed':>5}" + ("  largest batch" if vram else "") + "  settings"]
+    lines = [f"{'--memory':10}{'GiB':>6}  {'speed':>5}" + ("  largest batch" if batches else "") + "  settings"]
     for name, peaks in predictions.items():
         speed = min(took.values()) / took[name] if took[name] else 1.0
         line = f"{name:10}{largest_peak(peaks) / GIB:6.2f}  {speed:5.2f}"
-        if vram:
-            line += f"  {largest_batch(filled[name], model_config, size, peaks, vram * GIB):13}"
+        if batches:
+            line += f"  {batches[name]:13}"
         lines.append(f"{line}  {describe_memory(filled[name])}")
     how = "measured" if on_gpu else "that NVIDIA names; with a GPU at hand they are measured"
     return [*lines, f"speed: of a step, from its FLOPs and bytes at the rates of the {machine.name} ({how})"]

@@ -443,6 +443,7 @@ def test_plan_as_text(config, base, folder, monkeypatch):  # noqa: F811
 
 def test_plan_of_a_run_takes_the_speed_that_it_had(config, monkeypatch, capsys):  # noqa: F811
     run = train.train(config)
+    monkeypatch.setattr(train.os, "cpu_count", lambda: 1)
     monkeypatch.setattr(estimate, "predict", lambda *_: {"training": estimate.Peak(2**30)})
     monkeypatch.setattr(train, "read_metrics", lambda run: [{"step": 1, "images_per_second": 2.0}])
     train.main(["--plan", "--resume", str(run), "--steps", "3600"])

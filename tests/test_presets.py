@@ -180,6 +180,16 @@ def test_the_largest_batch_of_a_model():
     assert largest > 100 and fits(int(0.97 * largest)) and not fits(int(1.03 * largest))
 
 
+def test_predictions_by_several_processes_are_those_of_one(config, monkeypatch):  # noqa: F811
+    unset = dataclasses.replace(config, batch_size=2)
+    monkeypatch.setattr(estimate, "GPU_PRESETS", ("8gb",))
+    one, both = (estimate.predict_presets(unset, SMALL, (64, 64), None, n)[0] for n in (1, 2))
+    assert list(one) == list(both) == ["exact", "8gb"]
+    for name, peaks in one.items():
+        assert peaks.keys() == both[name].keys()
+        assert all((peak.total, peak.parts) == (both[name][k].total, both[name][k].parts) for k, peak in peaks.items())
+
+
 def test_the_plan_has_a_line_for_every_preset(config, monkeypatch):  # noqa: F811
     need = {name: 10 - i for i, name in enumerate(("exact", *GPU_PRESETS))}
     work = lambda name: [Operation("gpu", torch.float32, 1e12, 0.0, 2.0 if name in ("exact", "4gb") else 1.0)]
