@@ -42,7 +42,7 @@ from weights import load_state_dict
 from weights.writing import save_json, save_safetensors, write_atomically
 
 ROOT = Path("runs/convergence")
-BUDGET = 3200  # samples of a run: 400 steps of the demo's batch
+BUDGET = 4800  # samples of a run: 600 steps of the demo's batch
 # What every setting starts from: the demo's settings with AdamW at the rate that suits it.
 BASELINE = DEMO | dict(optimizer="adamw", learning_rate=2e-3)
 MUON = dict(optimizer="muon", muon_rate=0.02)
@@ -56,6 +56,7 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "batch-rate": {  # the rate grows with the root of the batch
         f"adamw-batch-{n}-rate": dict(batch_size=n, learning_rate=2e-3 * (n / 8) ** 0.5) for n in (2, 32)
     },
+    "muon-long": {"muon-8800-samples": dict(MUON, budget=8800)},
     "muon-batch": {f"muon-batch-{n}": dict(MUON, batch_size=n) for n in (2, 4, 16, 32)},
     "rate": {f"adamw-rate-{rate:g}": dict(learning_rate=rate) for rate in (1e-3, 4e-3, 8e-3)},
     "warm-up": {f"adamw-warm-up-{n}": dict(warmup_steps=n) for n in (0, 100)},

@@ -222,8 +222,7 @@ def train_base(
         chosen = torch.randint(items, (batch_size,))
         x0 = model.sample_latents(moments[chosen], torch.randn(batch_size, 4, *moments.shape[2:]))
         tokens = torch.where(torch.rand(batch_size, 1) < drop_prompt, empty, ids[chosen])
-        u = (torch.arange(batch_size) + torch.rand(batch_size)) / batch_size  # one in each of as many equal parts
-        noise, t = torch.randn_like(x0), (TINY.timesteps * u**bias).long()
+        noise, t = torch.randn_like(x0), (TINY.timesteps * torch.rand(batch_size) ** bias).long()
         v = model.unet(sampler.q_sample(x0, noise, alphas[t]), t, model.text(tokens))
         return F.mse_loss(v, sampler.velocity(x0, noise, alphas[t]))
 
@@ -259,11 +258,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", default="models/tiny_sd.safetensors", help="file of the finished model")
     add("--work", default="runs/pretrain", help="folder for the weights and pictures of the stages")
     add("--vae-steps", type=number(int, 1, 1e9), default=6000, help="training steps of the VAE")
-    add("--base-steps", type=number(int, 1, 1e9), nargs="+", default=[4000, 7000, 7000, 2600],
+    add("--base-steps", type=number(int, 1, 1e9), nargs="+", default=[4000, 7000, 7000],
         help="training steps of text encoder and UNet, cycle by cycle")  # fmt: skip
-    add("--base-bias", type=number(float, 1e-6), nargs="+", default=[1.0, 1.0, 0.75, 0.85],
+    add("--base-bias", type=number(float, 1e-6), nargs="+", default=[1.0, 1.0, 0.75],
         help="bias of the timesteps 1000 u^bias, cycle by cycle; below 1 prefers high noise")  # fmt: skip
-    add("--base-optimizer", choices=("adamw", "muon"), nargs="+", default=["adamw", "adamw", "adamw", "muon"],
+    add("--base-optimizer", choices=("adamw", "muon"), nargs="+", default=["adamw", "adamw", "adamw"],
         help="optimizer of the UNet, cycle by cycle")  # fmt: skip
     add("--decoder-steps", type=number(int, 1, 1e9), default=600, help="fine-tuning steps of the VAE's decoder")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of weights and noise")
