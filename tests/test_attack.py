@@ -62,9 +62,9 @@ def test_kills(tmp_path):
 
 @forks
 def test_damaged_files_and_odd_flags(tmp_path, corpus):
-    figures = fuzzing.fuzz(200, seed=0, root=tmp_path, corpus=corpus)
+    figures = fuzzing.fuzz(120, seed=0, root=tmp_path, corpus=corpus)
     assert not figures.bad, figures.kept
-    assert figures.attempts == 200 and figures.peak < 4
+    assert figures.attempts == 120 and figures.peak < 4
 
 
 @forks

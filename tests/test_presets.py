@@ -180,11 +180,11 @@ def test_the_largest_batch_of_a_model():
     assert largest > 100 and fits(int(0.97 * largest)) and not fits(int(1.03 * largest))
 
 
-def test_predictions_by_several_processes_are_those_of_one(config, monkeypatch):  # noqa: F811
+def test_predictions_of_another_process_are_the_same(config, monkeypatch):  # noqa: F811
     unset = dataclasses.replace(config, batch_size=2)
-    monkeypatch.setattr(estimate, "GPU_PRESETS", ("8gb",))
+    monkeypatch.setattr(estimate, "GPU_PRESETS", ())
     one, both = (estimate.predict_presets(unset, SMALL, (64, 64), None, n)[0] for n in (1, 2))
-    assert list(one) == list(both) == ["exact", "8gb"]
+    assert list(one) == list(both) == ["exact"]
     for name, peaks in one.items():
         assert peaks.keys() == both[name].keys()
         assert all((peak.total, peak.parts) == (both[name][k].total, both[name][k].parts) for k, peak in peaks.items())
