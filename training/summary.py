@@ -15,7 +15,7 @@ FEW = 1000  # samples, of which a network learns each by heart sooner than what 
 # When the hint begins to be obeyed, by the first word of a model's name; the figures for Stable Diffusion are those of
 # the ControlNet tutorial and of its author (github.com/lllyasviel/ControlNet, issue 198), for steps of 4 samples or so.
 CONVERGES = {
-    "tiny": "the tiny base takes some hundreds of steps of 8 samples",
+    "tiny": "the tiny base takes 50 to 300 steps of 8 samples",
     "sd15": "Stable Diffusion 1.5 takes 3000 to 7000 steps of 4 samples",
     "sd21": "Stable Diffusion 2 takes 6000 to 9000 steps of 4 samples",
     "sdxl": "SDXL takes more than the 3000 to 7000 steps of Stable Diffusion 1.5, and larger batches",
