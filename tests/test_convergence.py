@@ -63,9 +63,9 @@ def test_a_run_leaves_what_the_table_reads(monkeypatch, tmp_path):
     settings_of = convergence.settings_of
     small = lambda *args: dataclasses.replace(settings_of(*args), resolution="32", batch_size=4, validation=4)  # noqa: E731
     monkeypatch.setattr(convergence, "settings_of", small)
-    monkeypatch.setattr(convergence, "judge", lambda *args: {"iou": 0.5, "colors": 0.5})
     changes = dict(optimizer="muon", hint_gain=2.0, budget=16)
-    outcome = convergence.run_one("muon-0.02", changes, "keypoints", 0, 4)
+    outcome = convergence.run_one("muon-0.02", changes, "keypoints", 0, 1)
+    assert 0 <= outcome["iou"] < 1 and outcome["colors"] in (0, 1)  # it was drawn and judged
     assert not outcome["failed"] and [step for step, _ in outcome["gains"]] == [0, 2]
     lines = (tmp_path / "runs/convergence/keypoints/muon-0.02-0/gains.jsonl").read_text().splitlines()
     samples = [json.loads(line)["samples"] for line in lines]

@@ -38,7 +38,7 @@ from toy.variants import VARIANTS, logit_normal_timesteps
 from training.records import read_metrics
 from training.setup import Trainer, build_trainer, ema_weights
 from training.validation import Validation
-from weights import load_state_dict
+from weights import load_model, load_state_dict
 from weights.writing import save_json, save_safetensors, write_atomically
 
 ROOT = Path("runs/convergence")
@@ -164,8 +164,10 @@ def run_one(name: str, changes: dict[str, Any], task: str, seed: int, count: int
         "seconds": sum(config.batch_size / e["images_per_second"] for e in entries if "images_per_second" in e),
     }  # fmt: skip
     if not failed:
+        model = trainers[0].model
+        model.cond_stage_model = load_model(config.base).cond_stage_model  # the run released it
         with ema_weights(trainers[0]):
-            outcome |= judge(trainers[0].model, task, count)
+            outcome |= judge(model, task, count)
     folder.mkdir(parents=True, exist_ok=True)
     save_json(folder / "outcome.json", outcome)
     return outcome
