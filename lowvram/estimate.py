@@ -184,8 +184,8 @@ def fake_step(trainer: Trainer, make_batch: Callable[[], dict[str, Tensor]], tra
 
 @torch.no_grad()
 def update_largest(optimizer: torch.optim.Optimizer, tracker: MemoryTracker) -> None:
-    """The optimizer's step as far as memory is concerned: our optimizers move one parameter after the other, so the
-    largest one of each group will do. `tracker` is told for how many it stands."""
+    """The optimizer's step as far as memory is concerned: our optimizers move as much at once as the largest parameter
+    of a group, or a few MB, so the largest one will do. `tracker` is told for how many it stands."""
     tracker.times = 1.0
     if not isinstance(optimizer, AdamW):
         return optimizer.step()
@@ -194,7 +194,7 @@ def update_largest(optimizer: torch.optim.Optimizer, tracker: MemoryTracker) -> 
             continue
         largest = max(group["params"], key=lambda p: p.numel())
         tracker.times = share_of_largest(group, largest)
-        optimizer.update(largest, group["lr"], group["weight_decay"], group["betas"], group["eps"])
+        optimizer.update([largest], group["lr"], group["weight_decay"], group["betas"], group["eps"])
 
 
 def share_of_largest(group: dict[str, Any], largest: Tensor) -> float:

@@ -14,31 +14,32 @@ the matrix (out, in * height * width). Biases and norms' weights are vectors: Ad
 A matrix keeps one moment instead of AdamW's two.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lowvram.optimizer import AdamW, load_moment, make_generator, round_stochastically, store_moment
+from lowvram.optimizer import AdamW, load_moment, make_generator, piece_size, round_stochastically, store_moment
 
 MOMENTUM = 0.95
 STEPS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c of the write-up: steep at 0, so that small singular values grow fast
 
 
-def orthogonalize(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(rows,columns) -> (rows,columns) `dtype`: the same singular vectors, with singular values between 0.7 and 1.2.
+def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(n,rows,columns) -> (n,rows,columns) `dtype`: the same singular vectors, with singular values between 0.7 and
+    1.2, of each matrix.
 
     Computed in `dtype` by five Newton-Schulz steps. A matrix of zeros stays zero.
     """
     a, b, c = COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]  # the smaller Gram matrix is the cheaper one
-    x = (matrix.T if tall else matrix).to(dtype)
-    x = x / x.norm().clamp(min=1e-7)  # now no singular value is above 1
+    tall = matrices.shape[1] > matrices.shape[2]  # the smaller Gram matrix is the cheaper one
+    x = (matrices.mT if tall else matrices).to(dtype)
+    x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7).view(-1, 1, 1)  # now no singular value is above 1
     for _ in range(STEPS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 def iteration_dtype(device: torch.device) -> torch.dtype:
@@ -84,21 +85,44 @@ class Muon(AdamW):
     def moments_of(self, p: Tensor) -> tuple[str, ...]:
         return ("exp_avg",) if id(p) in self.matrices else super().moments_of(p)
 
-    def update(self, p: nn.Parameter, lr: float, weight_decay: float, betas: tuple[float, float], eps: float) -> None:
-        """Move one parameter along its gradient, in place."""
-        if id(p) not in self.matrices:
-            return super().update(p, lr, weight_decay, betas, eps)
+    def stacks(self, parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+        """The parameters in lists that `update` moves by one call: of the matrices, those of one shape, as many as
+        AdamW has in a piece."""
+        found = super().stacks([p for p in parameters if id(p) not in self.matrices])
+        shapes: dict[tuple, list[nn.Parameter]] = {}
+        for p in parameters:
+            if id(p) in self.matrices:
+                shapes.setdefault((len(p), p.numel(), p.dtype), []).append(p)
+        for (_, numel, _), alike in shapes.items():
+            count = max(1, piece_size(alike[0].device) // numel)
+            found += [alike[i : i + count] for i in range(0, len(alike), count)]
+        return found
+
+    def update(
+        self, together: Sequence[nn.Parameter], lr: float, weight_decay: float, betas: tuple[float, float], eps: float
+    ) -> None:
+        """Move one of the lists of `stacks` along the gradients, in place."""
+        if id(together[0]) not in self.matrices:
+            return super().update(together, lr, weight_decay, betas, eps)
+        directions = torch.stack([self.momentum(p) for p in together])
+        directions = orthogonalize(directions, iteration_dtype(directions.device)).float()
+        rate = lr * max(1, directions.shape[1] / directions.shape[2]) ** 0.5
+        for p, direction in zip(together, directions, strict=True):
+            moved = p.float().mul(1 - lr * weight_decay).sub_(direction.reshape(p.shape), alpha=rate)
+            if p.dtype == torch.bfloat16:
+                step = self.state[p]["step"]
+                moved = round_stochastically(moved, make_generator(p.device, self.seed, step, self.names[id(p)]))
+            p.copy_(moved)
+
+    def momentum(self, p: nn.Parameter) -> Tensor:
+        """(rows,columns) float32: the moving average of the gradient, brought forward by one step, with the present
+        gradient once more (Nesterov)."""
         self.init_state(p)
         state, whole = self.state[p], slice(0, p.numel())
-        step = state["step"] = int(state["step"]) + 1
+        state["step"] = int(state["step"]) + 1
         gradient = p.grad.reshape(-1).float()
         average = load_moment(state, "exp_avg", whole)
         average.lerp_(gradient, 1 - MOMENTUM)
-        ahead = gradient.lerp(average, MOMENTUM)  # Nesterov: the average with the present gradient once more
+        ahead = gradient.lerp(average, MOMENTUM)
         store_moment(state, "exp_avg", whole, average)
-        direction = orthogonalize(ahead.view(len(p), -1), iteration_dtype(p.device)).float()
-        rate = lr * max(1, direction.shape[0] / direction.shape[1]) ** 0.5
-        moved = p.float().mul(1 - lr * weight_decay).sub_(direction.reshape(p.shape), alpha=rate)
-        if p.dtype == torch.bfloat16:
-            moved = round_stochastically(moved, make_generator(p.device, self.seed, step, self.names[id(p)]))
-        p.copy_(moved)
+        return ahead.view(len(p), -1)

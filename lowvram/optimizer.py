@@ -116,9 +116,15 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.update(p, **{k: group[k] for k in ("lr", "weight_decay", "betas", "eps")})
+            settings = {k: group[k] for k in ("lr", "weight_decay", "betas", "eps")}
+            for together in self.stacks([p for p in group["params"] if p.grad is not None]):
+                self.update(together, **settings)
+
+    def stacks(self, parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+        """The parameters in lists that `update` moves by one call: all small ones together, the others one by one."""
+        small = [p for p in parameters if p.numel() < MIN_QUANTIZED and p.dtype == torch.float32 and p.is_contiguous()]
+        chosen = {id(p) for p in small}
+        return [small] * bool(small) + [[p] for p in parameters if id(p) not in chosen]
 
     def moments_of(self, p: Tensor) -> tuple[str, ...]:
         """The names of the moments that are kept of a parameter."""
@@ -129,8 +135,32 @@ class AdamW(torch.optim.Optimizer):
         if not self.state[p]:
             self.state[p] |= {"step": 0} | zero_moments(p.numel(), p.device, self.bits, self.moments_of(p))
 
-    def update(self, p: nn.Parameter, lr: float, weight_decay: float, betas: tuple[float, float], eps: float) -> None:
-        """Move one parameter along its gradient, in place."""
+    def update(
+        self, together: Sequence[nn.Parameter], lr: float, weight_decay: float, betas: tuple[float, float], eps: float
+    ) -> None:
+        """Move one of the lists of `stacks` along the gradients, in place."""
+        numbers = dict(lr=lr, weight_decay=weight_decay, beta1=betas[0], beta2=betas[1], eps=eps)
+        if len(together) > 1:
+            self.update_small(together, numbers)
+        else:
+            self.update_large(together[0], numbers)
+
+    def update_small(self, together: Sequence[nn.Parameter], numbers: dict[str, float]) -> None:
+        """Move contiguous fp32 parameters whose moments are fp32 too, by one call of PyTorch's AdamW."""
+        for p in together:
+            self.init_state(p)
+        states = [self.state[p] for p in together]
+        steps_done = torch.tensor([float(state["step"]) for state in states], device=together[0].device).unbind()
+        adamw(
+            [p.detach().view(-1) for p in together], [p.grad.reshape(-1).float() for p in together],
+            *([state[name] for state in states] for name in MOMENTS), [], list(steps_done), fused=True, amsgrad=False,
+            maximize=False, **numbers,
+        )  # fmt: skip
+        for state in states:
+            state["step"] = int(state["step"]) + 1
+
+    def update_large(self, p: nn.Parameter, numbers: dict[str, float]) -> None:
+        """Move one parameter, a piece at a time."""
         self.init_state(p)
         state = self.state[p]
         step = state["step"] = int(state["step"]) + 1
@@ -143,10 +173,7 @@ class AdamW(torch.optim.Optimizer):
             g, w = gradient[piece].float(), weights[piece].float()
             m, v = load_moment(state, "exp_avg", piece), load_moment(state, "exp_avg_sq", piece)
             steps_done = torch.full((), step - 1.0, device=p.device)
-            adamw(
-                [w], [g], [m], [v], [], [steps_done], fused=True, amsgrad=False, maximize=False, lr=lr,
-                weight_decay=weight_decay, beta1=betas[0], beta2=betas[1], eps=eps,
-            )  # fmt: skip
+            adamw([w], [g], [m], [v], [], [steps_done], fused=True, amsgrad=False, maximize=False, **numbers)
             store_moment(state, "exp_avg", piece, m)
             store_moment(state, "exp_avg_sq", piece, v, noise)
             if is_bf16:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import data
 import sampler
-from config import number
+from config import default_device, device, number
 from ldm import TINY, ControlLDM
 from lowvram.muon import Muon
 from toy import circles
@@ -69,7 +69,7 @@ class Stage:
         return [adamw, Muon(self.muon, learning_rate, muon_rate, weight_decay=0.0)] if self.muon else [adamw]
 
     def train(
-        self, steps: int, learning_rate: float, warmup: int = 100, report_every: int = 500, muon_rate: float = 0.004
+        self, steps: int, learning_rate: float, warmup: int = 100, report_every: int = 1000, muon_rate: float = 0.0
     ) -> None:
         """Run `steps` steps with `warmup` steps of rising learning rate and a cosine down to a hundredth."""
         optimizers = self.optimizers(learning_rate, muon_rate)
@@ -89,12 +89,13 @@ class Stage:
                 for optimizer in optimizers:
                     optimizer.step()
                 self.after_step()
-                mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
-                bar.set_postfix_str(f"loss {mean:.4f}")
+                mean = loss.detach() if mean is None else mean.lerp(loss.detach(), 0.02)
+                if step % 10 == 0:  # reading the number waits for a GPU
+                    bar.set_postfix_str(f"loss {mean.item():.4f}")
                 bar.update()
                 if (step + 1) % report_every == 0 or step + 1 == steps:
                     with torch.no_grad():
-                        tqdm.write(f"{self.name}, step {step + 1}: loss {mean:.4f}, {self.report(step + 1)}")
+                        tqdm.write(f"{self.name}, step {step + 1}: loss {mean.item():.4f}, {self.report(step + 1)}")
 
 
 # ----------------------------------------------------------------------------------------------------------- the VAE
@@ -118,7 +119,7 @@ def initialize_vae(vae: AutoencoderKL) -> None:
 def round_trip_report(vae: AutoencoderKL, out: Path, name: str) -> Callable[[int], str]:
     """A report on encoding and decoding held-out circles: their IoU, their error, and the picture `out`/NAME.png."""
     drawn = [circle.draw(SIZE)[1] for circle in HELD_OUT]
-    images, captions = to_images(drawn), [circle.prompt for circle in HELD_OUT[:6]]
+    images, captions = to_images(drawn).to(vae.quant_conv.weight.device), [circle.prompt for circle in HELD_OUT[:6]]
 
     def report(step: int) -> str:
         decoded = torch.cat([vae.decode(vae.moments(few).chunk(2, 1)[0]) for few in images.split(8)])
@@ -136,11 +137,11 @@ def round_trip_report(vae: AutoencoderKL, out: Path, name: str) -> Callable[[int
 def train_vae(vae: AutoencoderKL, out: Path, steps: int) -> None:
     """Train encoder and decoder together, on crops of half the side: four times as many steps in the same time."""
     initialize_vae(vae)
-    batch_size, side = 8, SIZE // 2
+    batch_size, side, device = 8, SIZE // 2, vae.quant_conv.weight.device
 
     def loss(step: int) -> Tensor:
         rng = np.random.default_rng([1, step])
-        images = targets(1, step * batch_size, batch_size)
+        images = targets(1, step * batch_size, batch_size).to(device)
         corners = rng.integers(0, SIZE - side + 1, (batch_size, 2))
         x = torch.stack([im[:, y : y + side, x : x + side] for im, (y, x) in zip(images, corners, strict=True)])
         mean, log_var = vae.moments(x).chunk(2, 1)
@@ -157,7 +158,8 @@ def normalize_latents(vae: AutoencoderKL, images: int = 256) -> None:
     """Fold a shift and a scale into the two 1x1 convolutions before and after the latents, so that each channel of the
     latents has mean 0 and variance 1 and the model's scale factor is 1. Measured on `images` circles."""
     z = vae.config.z_channels
-    means = torch.cat([vae.moments(targets(2, i, 32))[:, :z] for i in range(0, images, 32)])
+    device = vae.quant_conv.weight.device
+    means = torch.cat([vae.moments(targets(2, i, 32).to(device))[:, :z] for i in range(0, images, 32)])
     mu, scale = means.mean((0, 2, 3)), 1 / means.std((0, 2, 3))
     before, after = vae.quant_conv, vae.post_quant_conv
     before.weight[:z] *= scale.view(-1, 1, 1, 1)
@@ -176,7 +178,7 @@ def finetune_decoder(vae: AutoencoderKL, out: Path, steps: int) -> None:
     batch_size = 4
 
     def loss(step: int) -> Tensor:
-        x = targets(3, step * batch_size, batch_size)
+        x = targets(3, step * batch_size, batch_size).to(vae.quant_conv.weight.device)
         with torch.no_grad():
             mean, _ = vae.moments(x).chunk(2, 1)
         decoded = vae.decode(mean + 0.05 * torch.randn_like(mean))
@@ -188,21 +190,22 @@ def finetune_decoder(vae: AutoencoderKL, out: Path, steps: int) -> None:
 
 # ----------------------------------------------------------------------------------------------- text encoder and UNet
 def train_base(
-    model: ControlLDM, out: Path, steps: int, cycle: int, bias: float, muon: bool = False, items: int = 8192
+    model: ControlLDM, out: Path, steps: int, cycle: int, bias: float, muon_rate: float, batch_size: int, items: int
 ) -> None:
     """Train text encoder and UNet together on the latents of `items` circles; a tenth of the prompts is left empty, for
     classifier-free guidance. The result is the moving average of the weights.
 
     Cycle 0 begins with new weights; each later cycle goes on from the moving average of the last one, with circles of
     its own and the learning rate up again (warm restarts: Loshchilov & Hutter 2017, arXiv:1608.03983). Timesteps are
-    1000 u^bias: a bias below 1 prefers high noise, where the base decides how many circles there are, and where. With
-    `muon` Muon moves the UNet's weights, and AdamW the text encoder's.
+    1000 u^bias: a bias below 1 prefers high noise, where the base decides how many circles there are, and where; the u
+    of a batch are spread evenly. Muon moves the UNet's weights at `muon_rate`, and AdamW the text encoder's; with a
+    rate of 0 AdamW moves both.
 
     The model predicts the velocity, as SD 2.1 at 768 px does, and its schedule ends in more noise than Stable
     Diffusion's: a flat circle shows through a lot of noise, so whatever the prompt (and later the hint) decides is
     decided at the first sampling steps, where a loss on eps has next to no weight.
     """
-    batch_size, drop_prompt, decay = 32, 0.1, 0.998
+    drop_prompt, decay, device = 0.1, 0.998, model.device
     embeddings = model.text.text_model.embeddings
     if cycle == 0:
         nn.init.normal_(embeddings.token_embedding.weight, std=0.02)
@@ -210,25 +213,26 @@ def train_base(
     model.vae.requires_grad_(False)
     moments = []
     with torch.no_grad():
-        for start in tqdm(range(0, items, batch_size), desc="encoding circles", unit="batch"):
-            moments.append(model.vae.moments(targets(4 + cycle, start, batch_size)))
+        for start in tqdm(range(0, items, 32), desc="encoding circles", unit="batch"):
+            moments.append(model.vae.moments(targets(4 + cycle, start, 32).to(device)))
     moments = torch.cat(moments)
-    ids = model.tokenizer([circles.random_circle(4 + cycle, i).prompt for i in range(items)])
-    empty, alphas = model.tokenizer("")[0], sampler.alphas_cumprod(TINY)
+    ids = model.tokenizer([circles.random_circle(4 + cycle, i).prompt for i in range(items)]).to(device)
+    empty, alphas = model.tokenizer("")[0].to(device), sampler.alphas_cumprod(TINY).to(device)
     trainable = nn.ModuleList([model.unet, model.text])
     ema = {k: v.clone() for k, v in trainable.state_dict().items()}
+    random = partial(torch.rand, device=device)
 
     def loss(step: int) -> Tensor:
-        chosen = torch.randint(items, (batch_size,))
-        x0 = model.sample_latents(moments[chosen], torch.randn(batch_size, 4, *moments.shape[2:]))
-        tokens = torch.where(torch.rand(batch_size, 1) < drop_prompt, empty, ids[chosen])
-        noise, t = torch.randn_like(x0), (TINY.timesteps * torch.rand(batch_size) ** bias).long()
+        chosen = torch.randint(items, (batch_size,), device=device)
+        x0 = model.sample_latents(moments[chosen], torch.randn_like(moments[chosen][:, :4]))
+        tokens = torch.where(random(batch_size, 1) < drop_prompt, empty, ids[chosen])
+        u = (torch.arange(batch_size, device=device) + random(batch_size)) / batch_size
+        noise, t = torch.randn_like(x0), (TINY.timesteps * u**bias).long()
         v = model.unet(sampler.q_sample(x0, noise, alphas[t]), t, model.text(tokens))
         return F.mse_loss(v, sampler.velocity(x0, noise, alphas[t]))
 
     def update_ema() -> None:
-        for k, v in trainable.state_dict().items():
-            ema[k].lerp_(v, 1 - decay)
+        torch._foreach_lerp_(list(ema.values()), list(trainable.state_dict().values()), 1 - decay)
 
     def report(step: int) -> str:
         current = {k: v.clone() for k, v in trainable.state_dict().items()}
@@ -240,10 +244,11 @@ def train_base(
         verdicts = [circles.measure(picture, circle) for picture, circle in zip(pictures, shown, strict=True)]
         return f"both colours right in {np.mean([v.color_right and v.background_right for v in verdicts]):.0%}"
 
-    matrices = dict(model.unet.named_parameters()) if muon else {}
-    Stage("base", list(trainable.parameters()), loss, report, update_ema, matrices).train(steps, 1e-3)
+    matrices = dict(model.unet.named_parameters()) if muon_rate else {}
+    stage = Stage("base", list(trainable.parameters()), loss, report, update_ema, matrices)
+    stage.train(steps, 1e-3, muon_rate=muon_rate)
     trainable.load_state_dict(ema)
-    seen = torch.zeros(len(embeddings.token_embedding.weight), dtype=torch.bool)
+    seen = torch.zeros(len(embeddings.token_embedding.weight), dtype=torch.bool, device=device)
     seen[ids.unique()] = True
     embeddings.token_embedding.weight.data[~seen] = 0  # tokens that no circle's prompt has mean nothing
 
@@ -262,17 +267,20 @@ def main(argv: list[str] | None = None) -> None:
         help="training steps of text encoder and UNet, cycle by cycle")  # fmt: skip
     add("--base-bias", type=number(float, 1e-6), nargs="+", default=[1.0, 1.0, 0.75],
         help="bias of the timesteps 1000 u^bias, cycle by cycle; below 1 prefers high noise")  # fmt: skip
-    add("--base-optimizer", choices=("adamw", "muon"), nargs="+", default=["adamw", "adamw", "adamw"],
-        help="optimizer of the UNet, cycle by cycle")  # fmt: skip
+    add("--muon-rate", type=number(float, 0), nargs="+", default=[0.0, 0.0, 0.0],
+        help="learning rate of Muon for the UNet, cycle by cycle; 0: AdamW moves it")  # fmt: skip
+    add("--batch-size", type=number(int, 1), default=32, help="latents of a step of text encoder and UNet")
+    add("--items", type=number(int, 1), default=8192, help="circles of a cycle")
     add("--decoder-steps", type=number(int, 1, 1e9), default=600, help="fine-tuning steps of the VAE's decoder")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of weights and noise")
+    add("--device", type=device, default=default_device(), help="device that computes")
     args = parser.parse_args(argv)
-    if not len(args.base_steps) == len(args.base_bias) == len(args.base_optimizer):
-        parser.error("--base-steps, --base-bias and --base-optimizer need one value for each cycle")
+    if not len(args.base_steps) == len(args.base_bias) == len(args.muon_rate):
+        parser.error("--base-steps, --base-bias and --muon-rate need one value for each cycle")
     torch.manual_seed(args.seed)
     work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)
-    model = ControlLDM(TINY, hint_channels=None)
+    model = ControlLDM(TINY, hint_channels=None).to(args.device)
 
     def run_stage(name: str, prefixes: tuple[str, ...], train: Callable[[], None]) -> None:
         file = work / f"{name}.safetensors"
@@ -289,9 +297,9 @@ def main(argv: list[str] | None = None) -> None:
         normalize_latents(model.vae)
 
     run_stage("vae", (VAE,), train_and_normalize_vae)
-    cycles = zip(args.base_steps, args.base_bias, args.base_optimizer, strict=True)
-    for cycle, (steps, bias, optimizer) in enumerate(cycles):
-        train = partial(train_base, model, work, steps, cycle, bias, optimizer == "muon")
+    cycles = zip(args.base_steps, args.base_bias, args.muon_rate, strict=True)
+    for cycle, (steps, bias, muon_rate) in enumerate(cycles):
+        train = partial(train_base, model, work, steps, cycle, bias, muon_rate, args.batch_size, args.items)
         run_stage(f"base-{cycle}", (UNET, TEXT), train)
     run_stage("decoder", (VAE,), partial(finetune_decoder, model.vae, work, args.decoder_steps))
     weights = {k: v.half() for k, v in model.state_dict().items()}
