@@ -423,7 +423,7 @@ def parse(argv: list[str] | None) -> CommandLine:
 
 def resumed_settings(run: str, given: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that is continued with the flags `given`. ConfigError for a flag that cannot change."""
-    from data import parse_resolution
+    from training.buckets import parse_resolution
     from weights.runs import load_run, run_of
 
     settings = {k: v for k, v in load_run(run_of(run)).items() if k in Config.__dataclass_fields__}

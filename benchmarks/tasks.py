@@ -142,7 +142,7 @@ def diffusers_prompt(encoders: list[nn.Module], ids: Tensor, sizes: Tensor) -> d
 def our_image(config: Config, name: str) -> Callable[[], None]:
     """An image of our sampler: DDIM in `config.log_steps` steps, with guidance and control."""
     side = int(config.resolution)
-    model, hint = random_model(name), torch.rand(1, 3, side, side)
+    model, hint = random_model(name), torch.rand(1, 3, side, side).to(config.device)
     model.to(config.device, compute_dtype_for(config.precision, config.device))
 
     settings = Sampling(config.log_steps, scale=GUIDANCE)
