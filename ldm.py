@@ -122,7 +122,7 @@ _TINY = dict(
     linear_end=0.02,
     hint_widths=(8, 16, 32, 64),
     hint_gain=3.0,
-    guidance=2.0,
+    guidance=1.5,
     resolution=128,
 )  # fmt: skip
 

@@ -200,8 +200,8 @@ def update_largest(optimizer: torch.optim.Optimizer, tracker: MemoryTracker) -> 
 def share_of_largest(group: dict[str, Any], largest: Tensor) -> float:
     """How many times as much as for the `largest` of its parameters an optimizer computes for a whole group: by the
     products with which Muon makes matrices orthogonal, otherwise by what is read and written."""
-    if "rate_factor" in group and is_matrix(largest):
-        return muon_flops([p.shape for p in group["params"]]) / muon_flops([largest.shape])
+    if "rate_factor" in group and is_matrix(largest):  # fake tensors iterate in float32, a GPU in bfloat16
+        return muon_flops(p.shape for p in group["params"]) / muon_flops([largest.shape], torch.float32)
     return sum(p.numel() for p in group["params"]) / largest.numel()
 
 

@@ -176,7 +176,7 @@ def run_one(name: str, changes: dict[str, Any], task: str, seed: int, count: int
 def flops_of(config: Config) -> int:
     """Floating-point operations of one step, the optimizer's orthogonal updates included."""
     per_image = flops(config, TINY, (TINY.resolution, TINY.resolution))
-    muon = muon_flops(trained_shapes(config, TINY)) if config.optimizer == "muon" else 0
+    muon = muon_flops(trained_shapes(config, TINY), torch.float32) if config.optimizer == "muon" else 0
     return per_image * config.batch_size + muon
 
 

@@ -4,9 +4,9 @@
 
 Training has the stages of Stable Diffusion's. First the VAE learns to encode images as latents and to decode them. Then
 text encoder and UNet learn together to denoise latents from prompts: any circle in any named colour, anywhere. Last,
-the VAE's decoder alone is fine-tuned at full size on slightly noisy latents, such as a sampler delivers, while the
-encoder, and with it the meaning of the latents, stays. The model cannot know *where* the circle goes: a ControlNet can
-teach it.
+the VAE's decoder alone is fine-tuned at full size on what the UNet makes of noisy latents, such as a sampler delivers,
+while the encoder, and with it the meaning of the latents, stays. The model cannot know *where* the circle goes: a
+ControlNet can teach it.
 
 Each stage saves its weights in the work folder and is skipped if they are there already, so an interrupted run goes on
 with the stage that it was in.
@@ -16,7 +16,6 @@ import argparse
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -169,37 +168,20 @@ def normalize_latents(vae: AutoencoderKL, images: int = 256) -> None:
     after.weight /= scale.view(1, -1, 1, 1)
 
 
-def finetune_decoder(vae: AutoencoderKL, out: Path, steps: int) -> None:
-    """Train the decoder alone, at full size, on latents with a little noise."""
-    vae.requires_grad_(False)
-    trainable = [*vae.post_quant_conv.parameters(), *vae.decoder.parameters()]
-    for p in trainable:
-        p.requires_grad_(True)
-    batch_size = 4
-
-    def loss(step: int) -> Tensor:
-        x = targets(3, step * batch_size, batch_size).to(vae.quant_conv.weight.device)
-        with torch.no_grad():
-            mean, _ = vae.moments(x).chunk(2, 1)
-        decoded = vae.decode(mean + 0.05 * torch.randn_like(mean))
-        return F.l1_loss(decoded, x) + F.mse_loss(decoded, x)
-
-    Stage("decoder", trainable, loss, round_trip_report(vae, out, "decoder")).train(steps, 5e-4)
-    vae.requires_grad_(True)
-
-
 # ----------------------------------------------------------------------------------------------- text encoder and UNet
+def spread_evenly(count: int, device: torch.device) -> Tensor:
+    """`count` random numbers in [0,1), one in each of as many equal parts of it."""
+    return (torch.arange(count, device=device) + torch.rand(count, device=device)) / count
+
+
 def train_base(
-    model: ControlLDM, out: Path, steps: int, cycle: int, bias: float, muon_rate: float, batch_size: int, items: int
+    model: ControlLDM, out: Path, steps: int, bias: float, muon_rate: float, batch_size: int, items: int
 ) -> None:
     """Train text encoder and UNet together on the latents of `items` circles; a tenth of the prompts is left empty, for
     classifier-free guidance. The result is the moving average of the weights.
 
-    Cycle 0 begins with new weights; each later cycle goes on from the moving average of the last one, with circles of
-    its own and the learning rate up again (warm restarts: Loshchilov & Hutter 2017, arXiv:1608.03983). Timesteps are
-    1000 u^bias: a bias below 1 prefers high noise, where the base decides how many circles there are, and where; the u
-    of a batch are spread evenly. Muon moves the UNet's weights at `muon_rate`, and AdamW the text encoder's; with a
-    rate of 0 AdamW moves both.
+    Muon moves the UNet's weights at `muon_rate`, and AdamW the text encoder's. Timesteps are 1000 u^bias: a bias below
+    1 prefers high noise, where the base decides how many circles there are, and where.
 
     The model predicts the velocity, as SD 2.1 at 768 px does, and its schedule ends in more noise than Stable
     Diffusion's: a flat circle shows through a lot of noise, so whatever the prompt (and later the hint) decides is
@@ -207,27 +189,24 @@ def train_base(
     """
     drop_prompt, decay, device = 0.1, 0.998, model.device
     embeddings = model.text.text_model.embeddings
-    if cycle == 0:
-        nn.init.normal_(embeddings.token_embedding.weight, std=0.02)
-        nn.init.normal_(embeddings.position_embedding.weight, std=0.02)
+    nn.init.normal_(embeddings.token_embedding.weight, std=0.02)
+    nn.init.normal_(embeddings.position_embedding.weight, std=0.02)
     model.vae.requires_grad_(False)
     moments = []
     with torch.no_grad():
         for start in tqdm(range(0, items, 32), desc="encoding circles", unit="batch"):
-            moments.append(model.vae.moments(targets(4 + cycle, start, 32).to(device)))
+            moments.append(model.vae.moments(targets(4, start, 32).to(device)))
     moments = torch.cat(moments)
-    ids = model.tokenizer([circles.random_circle(4 + cycle, i).prompt for i in range(items)]).to(device)
+    ids = model.tokenizer([circles.random_circle(4, i).prompt for i in range(items)]).to(device)
     empty, alphas = model.tokenizer("")[0].to(device), sampler.alphas_cumprod(TINY).to(device)
     trainable = nn.ModuleList([model.unet, model.text])
     ema = {k: v.clone() for k, v in trainable.state_dict().items()}
-    random = partial(torch.rand, device=device)
 
     def loss(step: int) -> Tensor:
         chosen = torch.randint(items, (batch_size,), device=device)
         x0 = model.sample_latents(moments[chosen], torch.randn_like(moments[chosen][:, :4]))
-        tokens = torch.where(random(batch_size, 1) < drop_prompt, empty, ids[chosen])
-        u = (torch.arange(batch_size, device=device) + random(batch_size)) / batch_size
-        noise, t = torch.randn_like(x0), (TINY.timesteps * u**bias).long()
+        tokens = torch.where(torch.rand(batch_size, 1, device=device) < drop_prompt, empty, ids[chosen])
+        noise, t = torch.randn_like(x0), (TINY.timesteps * spread_evenly(batch_size, device) ** bias).long()
         v = model.unet(sampler.q_sample(x0, noise, alphas[t]), t, model.text(tokens))
         return F.mse_loss(v, sampler.velocity(x0, noise, alphas[t]))
 
@@ -239,18 +218,44 @@ def train_base(
         trainable.load_state_dict(ema)
         shown = HELD_OUT[:16]
         pictures = circles.draw_all(model, shown, False, SIZE, 20)
-        save_grid(out / f"base-{cycle}-{step:05d}.png", {str(i): pictures[i::4] for i in range(4)})
+        save_grid(out / f"base-{step:05d}.png", {str(i): pictures[i::4] for i in range(4)})
         trainable.load_state_dict(current)
         verdicts = [circles.measure(picture, circle) for picture, circle in zip(pictures, shown, strict=True)]
         return f"both colours right in {np.mean([v.color_right and v.background_right for v in verdicts]):.0%}"
 
-    matrices = dict(model.unet.named_parameters()) if muon_rate else {}
-    stage = Stage("base", list(trainable.parameters()), loss, report, update_ema, matrices)
+    stage = Stage("base", list(trainable.parameters()), loss, report, update_ema, dict(model.unet.named_parameters()))
     stage.train(steps, 1e-3, muon_rate=muon_rate)
     trainable.load_state_dict(ema)
     seen = torch.zeros(len(embeddings.token_embedding.weight), dtype=torch.bool, device=device)
     seen[ids.unique()] = True
     embeddings.token_embedding.weight.data[~seen] = 0  # tokens that no circle's prompt has mean nothing
+
+
+def finetune_decoder(model: ControlLDM, out: Path, steps: int, noisiest: int = 500) -> None:
+    """Train the VAE's decoder alone, at full size, on latents such as a sampler delivers: what the UNet takes noisy
+    latents of a circle for, at timesteps below `noisiest`. So the decoder learns to make its blurred edges sharp."""
+    vae, batch_size, device = model.vae, 4, model.device
+    alphas = sampler.alphas_cumprod(TINY).to(device)
+    model.requires_grad_(False)
+    trainable = [*vae.post_quant_conv.parameters(), *vae.decoder.parameters()]
+    for p in trainable:
+        p.requires_grad_(True)
+
+    def loss(step: int) -> Tensor:
+        first = step * batch_size
+        x = targets(3, first, batch_size).to(device)
+        with torch.no_grad():
+            x0, _ = vae.moments(x).chunk(2, 1)
+            prompts = [circles.random_circle(3, i).prompt for i in range(first, first + batch_size)]
+            context, noise = model.text(model.tokenizer(prompts).to(device)), torch.randn_like(x0)
+            t = (noisiest * spread_evenly(batch_size, device)).long()
+            x_t, alpha = sampler.q_sample(x0, noise, alphas[t]), alphas[t].view(-1, 1, 1, 1)
+            latents = alpha.sqrt() * x_t - (1 - alpha).sqrt() * model.unet(x_t, t, context)
+        decoded = vae.decode(latents + 0.02 * torch.randn_like(latents))
+        return F.l1_loss(decoded, x) + F.mse_loss(decoded, x)
+
+    Stage("decoder", trainable, loss, round_trip_report(vae, out, "decoder")).train(steps, 5e-4)
+    model.requires_grad_(True)
 
 
 # --------------------------------------------------------------------------------------------------------------- main
@@ -263,20 +268,16 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", default="models/tiny_sd.safetensors", help="file of the finished model")
     add("--work", default="runs/pretrain", help="folder for the weights and pictures of the stages")
     add("--vae-steps", type=number(int, 1, 1e9), default=6000, help="training steps of the VAE")
-    add("--base-steps", type=number(int, 1, 1e9), nargs="+", default=[4000, 7000, 7000],
-        help="training steps of text encoder and UNet, cycle by cycle")  # fmt: skip
-    add("--base-bias", type=number(float, 1e-6), nargs="+", default=[1.0, 1.0, 0.75],
-        help="bias of the timesteps 1000 u^bias, cycle by cycle; below 1 prefers high noise")  # fmt: skip
-    add("--muon-rate", type=number(float, 0), nargs="+", default=[0.0, 0.0, 0.0],
-        help="learning rate of Muon for the UNet, cycle by cycle; 0: AdamW moves it")  # fmt: skip
-    add("--batch-size", type=number(int, 1), default=32, help="latents of a step of text encoder and UNet")
-    add("--items", type=number(int, 1), default=8192, help="circles of a cycle")
-    add("--decoder-steps", type=number(int, 1, 1e9), default=600, help="fine-tuning steps of the VAE's decoder")
+    add("--base-steps", type=number(int, 1, 1e9), default=2400, help="training steps of text encoder and UNet")
+    add("--base-bias", type=number(float, 1e-6), default=0.75,
+        help="bias of their timesteps 1000 u^bias; below 1 prefers high noise")  # fmt: skip
+    add("--muon-rate", type=number(float, 1e-9), default=0.01, help="learning rate of Muon, which moves the UNet")
+    add("--batch-size", type=number(int, 1), default=256, help="latents of one of their steps")
+    add("--items", type=number(int, 1), default=65536, help="circles that they see")
+    add("--decoder-steps", type=number(int, 1, 1e9), default=2000, help="fine-tuning steps of the VAE's decoder")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of weights and noise")
     add("--device", type=device, default=default_device(), help="device that computes")
     args = parser.parse_args(argv)
-    if not len(args.base_steps) == len(args.base_bias) == len(args.muon_rate):
-        parser.error("--base-steps, --base-bias and --muon-rate need one value for each cycle")
     torch.manual_seed(args.seed)
     work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)
@@ -297,11 +298,9 @@ def main(argv: list[str] | None = None) -> None:
         normalize_latents(model.vae)
 
     run_stage("vae", (VAE,), train_and_normalize_vae)
-    cycles = zip(args.base_steps, args.base_bias, args.muon_rate, strict=True)
-    for cycle, (steps, bias, muon_rate) in enumerate(cycles):
-        train = partial(train_base, model, work, steps, cycle, bias, muon_rate, args.batch_size, args.items)
-        run_stage(f"base-{cycle}", (UNET, TEXT), train)
-    run_stage("decoder", (VAE,), partial(finetune_decoder, model.vae, work, args.decoder_steps))
+    base = (args.base_steps, args.base_bias, args.muon_rate, args.batch_size, args.items)
+    run_stage("base", (UNET, TEXT), lambda: train_base(model, work, *base))
+    run_stage("decoder", (VAE,), lambda: finetune_decoder(model, work, args.decoder_steps))
     weights = {k: v.half() for k, v in model.state_dict().items()}
     save_safetensors(args.out, weights, {"config": TINY.to_json(), "license": "MIT"})
     print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB")
