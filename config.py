@@ -282,7 +282,7 @@ RECIPES = {
 }  # fmt: skip
 # `python train.py` without flags.
 DEMO = RECIPES["fast"] | dict(
-    base=str(TINY_BASE), data="data/circles", out="runs/demo", steps=700, batch_size=8, learning_rate=2e-3,
+    base=str(TINY_BASE), data="data/circles", out="runs/demo", steps=800, batch_size=8, learning_rate=2e-3,
     muon_rate=0.02, timestep_bias=0.7, logger_freq=100, log_steps=10, validation=16, channels_last=True,
     drop_prompt=0.1, flip=True,
 )  # fmt: skip

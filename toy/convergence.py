@@ -42,7 +42,7 @@ from weights import load_model, load_state_dict
 from weights.writing import save_json, save_safetensors, write_atomically
 
 ROOT = Path("runs/convergence")
-BUDGET = 4800  # samples of a run: 600 steps of the demo's batch
+BUDGET = 3200  # samples of a run: 400 steps of the demo's batch
 # What every setting starts from: the demo's settings with AdamW at the rate that suits it.
 BASELINE = DEMO | dict(optimizer="adamw", learning_rate=2e-3)
 MUON = dict(optimizer="muon", muon_rate=0.02)
@@ -63,7 +63,7 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "schedule": {"adamw-constant": dict(lr_schedule="constant"), "muon-constant": dict(MUON, lr_schedule="constant")},
     "hint-gain": {f"adamw-hint-gain-{gain:g}": dict(hint_gain=gain) for gain in (1.0, 2.0)},
     "muon-hint-gain": {"muon-hint-gain-1": dict(MUON, hint_gain=1.0)},
-    "timesteps": {f"adamw-bias-{bias:g}": dict(timestep_bias=bias) for bias in (1.0, 0.7, 0.25)}
+    "timesteps": {f"adamw-bias-{bias:g}": dict(timestep_bias=bias) for bias in (1.0, 0.4, 0.25)}
     | {"adamw-logit-normal": dict(logit_normal=True)},
     "even": {"adamw-random-timesteps": dict(even_timesteps=False)}
     | {"muon-random-timesteps": dict(MUON, even_timesteps=False)},

@@ -81,8 +81,9 @@ class HintAtLevels(nn.Module):
             control_model.input_blocks[int(i)].register_forward_hook(functools.partial(self.add, i))
 
     def add(self, i: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """The output of input block `i` with the hint added."""
-        return output + self.convolutions[i](F.adaptive_avg_pool2d(self.found, output.shape[2:]))
+        """The output of input block `i` with the hint added, which guidance asks for twice."""
+        found = F.adaptive_avg_pool2d(self.found, output.shape[2:]).repeat(len(output) // len(self.found), 1, 1, 1)
+        return output + self.convolutions[i](found)
 
 
 def hint_at_levels(trainer: Trainer) -> None:
