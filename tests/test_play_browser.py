@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm import TINY
 from playground.model import Choices, load
 from tests.browser import Browser
 from tests.conftest import EVIL
@@ -107,7 +108,7 @@ def test_a_circle_is_drawn_and_its_picture_comes_back(tab, served):
     assert tab.run("document.getElementById('status').textContent") == "done"
     (drawn,) = pictures(tab)
     fields = drawing(
-        prompt="gold circle with navy background", size="32x32", steps=20, scale=2,
+        prompt="gold circle with navy background", size="32x32", steps=20, scale=TINY.guidance,
         controls=[{"hint": tab.run("document.getElementById('canvas').toDataURL()").split(",")[1]}],
     )  # fmt: skip
     (same,) = [event for event in served.post(fields)[1] if event["event"] == "picture"]
