@@ -28,7 +28,7 @@ from benchmarks.tasks import OurStep, random_model
 from benchmarks.workers import BENCH, peak_since_reset, reset_peak
 from config import DEMO, TINY_BASE, Config, resolve
 from ldm import MODELS
-from lowvram import estimate, speed
+from lowvram import estimate, prediction, speed, tracking
 from lowvram.process import GIB
 from toy import circles
 from training.records import read_metrics
@@ -110,9 +110,9 @@ def check_memory(setting: Setting, preset: str) -> list[Row]:
     step()
     if setting.rehearsal:  # the count of live bytes, on real tensors
         trainer = step.trainer
-        known = estimate.weights_by_kind(trainer)
-        known |= {} if config.optimizer_on_cpu else estimate.optimizer_memory(trainer)
-        measured = estimate.measure(lambda tracker: step(), known).total + estimate.WORKSPACE
+        known = prediction.weights_by_kind(trainer)
+        known |= {} if config.optimizer_on_cpu else prediction.optimizer_memory(trainer)
+        measured = tracking.measure(lambda tracker: step(), known).total + prediction.WORKSPACE
     else:
         reset_peak(setting.device)
         step()
@@ -242,7 +242,7 @@ def three_gradients(step: OurStep) -> list[Tensor]:
     the second on blocks are copied ahead."""
     trainer, found = step.trainer, []
     for _ in range(3):
-        estimate.backward(trainer, next(step.batches))
+        prediction.backward(trainer, next(step.batches))
         trainer.home.wait_for_grads()
         found.append(torch.cat([p.grad.detach().float().cpu().flatten() for p in trainer.home.masters.values()]))
         zero_grad(trainer)

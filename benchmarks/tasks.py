@@ -21,7 +21,7 @@ import train
 from conditioning import whole_image
 from config import Config
 from ldm import MODELS, PRECISIONS, ControlLDM, compute_dtype_for
-from lowvram import estimate
+from lowvram import prediction
 from sampler import Control, Sampling, sample
 from training import cache
 from training.distributed import Ranks
@@ -53,7 +53,7 @@ class OurStep:
         else:
             for part in (model.vae, model.text):
                 part.to(config.device, compute_dtype_for(config.precision, config.device))
-        batch = estimate.fake_batch(config, MODELS[name], (side, side))
+        batch = prediction.fake_batch(config, MODELS[name], (side, side))
         batch = {k: torch.rand(v.shape) if v.is_floating_point() else v for k, v in batch.items()}
         if not config.cache:
             batch = {k: v for k, v in batch.items() if k != "context"} | {"prompt": ["a circle"] * config.batch_size}

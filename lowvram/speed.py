@@ -3,7 +3,7 @@
 The roofline (Williams et al. 2009, doi:10.1145/1498765.1498785): an operation takes as long as its arithmetic does at
 the rate of the GPU's processors, or its reading and writing at the rate of the GPU's memory, whichever is longer; and
 never less than the GPU takes to begin an operation. The operations of a step are noted while its memory is predicted
-(`lowvram/estimate.py`); a `Machine` says the rates.
+(`lowvram/prediction.py`); a `Machine` says the rates.
 
     GPU    sum over operations of max(FLOPs / rate of the number format, bytes / rate of the memory, begin)
     link   bytes of streamed weights and offloaded gradients / rate of the link; the GPU computes meanwhile

@@ -1,7 +1,7 @@
 """What is alive in a step, and what does the step compute? Counted while its operations run.
 
 `MemoryTracker` sees every operation of PyTorch before and after it runs. On fake tensors, which have shapes and no
-content, that predicts what a GPU would hold (`lowvram/estimate.py`); on real ones it measures.
+content, that predicts what a GPU would hold (`lowvram/prediction.py`); on real ones it measures.
 """
 
 import dataclasses

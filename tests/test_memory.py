@@ -14,7 +14,7 @@ import train
 from config import GPU_PRESETS, PRESETS, Config, ConfigError, resolve
 from layers import Linear, zero_module
 from ldm import TINY, ControlLDM
-from lowvram import estimate
+from lowvram import estimate, prediction, tracking
 from lowvram.optimizer import (
     EXP_AVG,
     EXP_AVG_SQ,
@@ -176,7 +176,7 @@ def test_a_state_in_16_bits_becomes_one_in_8():
 def random_batch(config) -> dict[str, torch.Tensor]:  # noqa: F811
     """What the loader would give for images of 64x64, the same at each call."""
     generator = torch.Generator().manual_seed(0)
-    batch = estimate.fake_batch(config, TINY, (64, 64))
+    batch = prediction.fake_batch(config, TINY, (64, 64))
     return {k: torch.rand(v.shape, generator=generator) if v.is_floating_point() else v for k, v in batch.items()}
 
 
@@ -411,14 +411,14 @@ def test_the_prediction_is_what_a_real_step_holds(config, monkeypatch):  # noqa:
     totals = []
     for preset in ("exact", *GPU_PRESETS):
         lean = resolve(dataclasses.replace(config, **LEAN, batch_size=2, learning_rate=1e-4), preset)
-        predicted = estimate.predict(lean, TINY, (64, 64))["training"].total - estimate.WORKSPACE
+        predicted = estimate.predict(lean, TINY, (64, 64))["training"].total - prediction.WORKSPACE
         trainer = new_trainer(lean)
         real_step(trainer)
         state = [v for e in trainer.optimizer.state.values() for v in e.values() if isinstance(v, torch.Tensor)]
         frozen = [p for p in trainer.model.unet.parameters() if not p.requires_grad]
         known = {"weights": [*trainer.trainable.values(), *frozen]}
         known |= {} if lean.optimizer_on_cpu else {"state": state}
-        real = estimate.measure(lambda tracker, trainer=trainer: real_step(trainer), known)
+        real = tracking.measure(lambda tracker, trainer=trainer: real_step(trainer), known)
         assert predicted == pytest.approx(real.total, rel=0.03), preset
         totals.append(predicted)
     assert totals == sorted(totals, reverse=True) and totals[-1] < totals[0] / 3
@@ -435,7 +435,7 @@ def test_plan_as_text(config, base, folder, monkeypatch):  # noqa: F811
     assert "tiny at 64x64, batch 4 x 1, --memory 6gb: bf16, gradient checkpointing" in said
     assert "--memory 16gb is the fastest preset that fits" in said and "0.4 h for 3600 steps at 10 images/s" in said
     assert "disk, cache" in said and "TFLOP a step" in said and "frozen UNet" not in said.splitlines()[0]
-    monkeypatch.setattr(estimate, "predict", lambda *_: {"training": estimate.Peak(2**30)})
+    monkeypatch.setattr(estimate, "predict", lambda *_: {"training": tracking.Peak(2**30)})
     monkeypatch.setattr(estimate, "flops", lambda *_: 10**12)
     none = estimate.plan(dataclasses.replace(asked.config, memory="auto"), vram=1)
     assert "none of the presets fits" in none and "--memory 4gb" in none
@@ -444,7 +444,7 @@ def test_plan_as_text(config, base, folder, monkeypatch):  # noqa: F811
 def test_plan_of_a_run_takes_the_speed_that_it_had(config, monkeypatch, capsys):  # noqa: F811
     run = train.train(config)
     monkeypatch.setattr(train.os, "cpu_count", lambda: 1)
-    monkeypatch.setattr(estimate, "predict", lambda *_: {"training": estimate.Peak(2**30)})
+    monkeypatch.setattr(estimate, "predict", lambda *_: {"training": tracking.Peak(2**30)})
     monkeypatch.setattr(train, "read_metrics", lambda run: [{"step": 1, "images_per_second": 2.0}])
     train.main(["--plan", "--resume", str(run), "--steps", "3600"])
     assert "2.0 h for 3600 steps at 2 images/s" in capsys.readouterr().out
@@ -478,20 +478,20 @@ def test_out_of_memory_says_what_would_fit(config, monkeypatch):  # noqa: F811
         return real(*args)
 
     monkeypatch.setattr(train, "prepare_batch", sometimes)
-    monkeypatch.setattr(estimate, "predict", lambda *_: {"training": estimate.Peak(2**30)})
+    monkeypatch.setattr(estimate, "predict", lambda *_: {"training": tracking.Peak(2**30)})
     monkeypatch.setattr(estimate, "gpu_memory", lambda device: 2 * 2**30)
     with pytest.raises(CheckpointError, match="step-000002, is whole.*32x32, batch 4 x 1, fp32.*--batch-size 1 --acc"):
         train.train(config)
     assert newest_checkpoint(config.out).name == "step-000002"
     monkeypatch.setattr(estimate, "gpu_memory", lambda device: 10)
-    size = lambda c, *_: {"training": estimate.Peak(c.batch_size * (1 if c.stream else 3))}
+    size = lambda c, *_: {"training": tracking.Peak(c.batch_size * (1 if c.stream else 3))}
     monkeypatch.setattr(estimate, "predict", size)
     assert "the leanest is --memory 4gb --batch-size 1" in estimate.suggest_flags(resolve(config, "fast"))
 
 
 def test_auto_takes_the_first_preset_that_fits(config, monkeypatch):  # noqa: F811
     need = {"16gb": 9, "12gb": 8, "8gb": 7, "6gb": 5, "5gb": 4, "4gb": 3}
-    monkeypatch.setattr(estimate, "predict", lambda c, *_: {"training": estimate.Peak(need[c.out])})
+    monkeypatch.setattr(estimate, "predict", lambda c, *_: {"training": tracking.Peak(need[c.out])})
     monkeypatch.setattr(estimate, "resolve", lambda c, name: dataclasses.replace(c, out=name))
     for room, wanted in ((9, "16gb"), (8, "12gb"), (7.5, "8gb"), (3, "4gb"), (2, None)):
         assert estimate.fastest_preset(config, TINY, (64, 64), room + estimate.CUDA_CONTEXT)[0] == wanted

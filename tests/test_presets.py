@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from config import GPU_PRESETS, PRESETS, Config, resolve
 from ldm import TINY
-from lowvram import estimate, speed
+from lowvram import estimate, prediction, speed
 from lowvram.muon import Muon
 from lowvram.offload import to_pinned_cpu
 from lowvram.optimizer import AdamW
@@ -131,11 +131,11 @@ def test_what_an_update_of_the_largest_parameter_stands_for():
     shapes = {"a": (8, 4), "b": (4, 4), "c": (6,), "d": (2,)}
     parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
     (group,) = AdamW(parameters, 1e-3).param_groups
-    assert estimate.share_of_largest(group, parameters["a"]) == (32 + 16 + 6 + 2) / 32
+    assert prediction.share_of_largest(group, parameters["a"]) == (32 + 16 + 6 + 2) / 32
     vectors, matrices = Muon(parameters, 1e-3, 0.02).param_groups
-    assert estimate.share_of_largest(vectors, parameters["c"]) == 8 / 6
+    assert prediction.share_of_largest(vectors, parameters["c"]) == 8 / 6
     products = 2 * 4 * 4 * 8 + 4**3, 2 * 4 * 4 * 4 + 4**3
-    assert estimate.share_of_largest(matrices, parameters["a"]) == pytest.approx(sum(products) / products[0])
+    assert prediction.share_of_largest(matrices, parameters["a"]) == pytest.approx(sum(products) / products[0])
 
 
 def test_presets_are_ordered_by_speed():
