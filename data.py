@@ -21,7 +21,6 @@ their own names.
 
 import copy
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from flags import parse_data
-from training.console import protect_output
+from training.console import protect_output, run_program
 
 if __name__ == "__main__":  # --help and wrong flags are answered before the imports below, which take seconds
     protect_output()
@@ -46,7 +45,7 @@ from training import images, inspection, layouts, photos, verify
 from training.buckets import Framed, bucket_sizes, choose_size
 from training.buckets import fit_size as fit_size
 from training.buckets import parse_resolution as parse_resolution
-from training.files import MAX_MEGAPIXELS, DataError, File, one_line, read_bytes
+from training.files import MAX_MEGAPIXELS, DataError, File, read_bytes
 from training.images import RESAMPLE, Reading, Size, resize
 from training.images import fraction_cut as fraction_cut
 from training.images import read_image as read_image
@@ -444,7 +443,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (DataError, OSError) as e:
-        sys.exit(f"data.py: {one_line(e)}")
+    run_program("data.py", main)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from flags import parse_merge as parse
-from training.console import protect_output
+from training.console import protect_output, run_program
 
 if __name__ == "__main__":  # --help and wrong flags are answered before the imports below, which take seconds
     protect_output()
@@ -38,7 +38,6 @@ from torch import Tensor
 from controlnet import new_weights
 from ldm import PRECISIONS, ControlLDM, ModelConfig
 from sampler import noise_schedule
-from training.images import one_line
 from weights.clients import bare_names, lost_in_pickle, modelspec, notes, size_in_words, widen_hint
 from weights.configs import CheckpointError, is_run, load_json, metadata_config
 from weights.control_depth import written
@@ -361,7 +360,4 @@ def run_export(args: argparse.Namespace, folder: bool) -> Output:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"merge.py: {one_line(e)}")
+    run_program("merge.py", main, leaner="a computer with more memory, or other programs closed, may do it")

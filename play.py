@@ -17,7 +17,7 @@ import webbrowser
 
 from config import default_device
 from flags import parse_play
-from training.console import protect_output
+from training.console import protect_output, run_program
 
 if __name__ == "__main__":  # --help and wrong flags are answered before the imports below, which take seconds
     protect_output()
@@ -26,7 +26,6 @@ if __name__ == "__main__":  # --help and wrong flags are answered before the imp
 from playground.model import Choices, load, missing_model
 from playground.routes import Routes
 from playground.server import Server, is_loopback
-from training.images import one_line
 from weights import CheckpointError
 
 
@@ -75,9 +74,4 @@ def has_screen() -> bool:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:  # a bad input: one line, no traceback
-        sys.exit(f"play.py: {one_line(e)}")
-    except KeyboardInterrupt:
-        sys.exit("play.py: ended by Ctrl-C")
+    run_program("play.py", main, interrupted="ended by Ctrl-C")

@@ -18,14 +18,13 @@ import functools
 import math
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from config import DEMO, Config, check_device, parse, parse_flags
-from training.console import protect_output
+from training.console import protect_output, run_program
 
 if __name__ == "__main__":  # --help and wrong flags are answered before the imports below, which take seconds
     protect_output()
@@ -53,6 +52,7 @@ from training.checkpoints import (
     set_later_aside,
 )
 from training.distributed import Ranks
+from training.health import cause_of_failure
 from training.history import History, dataset_facts, machine
 from training.interruption import Interruption
 from training.preparation import build_samples, open_dataset
@@ -203,7 +203,7 @@ def training_loop(
             if skipped > config.max_skipped:
                 raise CheckpointError(
                     f"{skipped} steps in a row had a loss or gradient that is not finite (now step {trainer.step}); "
-                    f"the last checkpoint is of step {saved}; a lower --learning-rate or --precision fp32 may help"
+                    f"the last checkpoint is of step {saved}; {cause_of_failure(model)}"
                 )
             if validation:
                 speed = config.batch / (time.perf_counter() - started)
@@ -396,9 +396,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:  # a bad input (CheckpointError, DataError, ConfigError): one line, no traceback
-        sys.exit(f"train.py: {data.one_line(e)}")
-    except KeyboardInterrupt as e:
-        sys.exit(f"train.py: {e or 'ended by Ctrl-C; --resume continues from the last checkpoint'}")
+    run_program(
+        "train.py",
+        main,
+        interrupted="ended by Ctrl-C; --resume continues from the last checkpoint",
+        leaner="a smaller --resolution or --batch-size takes less (--plan tells how much)",
+    )

@@ -15,20 +15,17 @@ from drawing.pictures import Picture, plan
 from drawing.request import Request, parse
 from drawing.sheets import Sheet
 from sampler import SOLVERS
-from training.console import protect_output
-from training.images import one_line
+from training.console import exit_status
 
 
 def run_command(argv: Sequence[str] | None = None) -> str | int:
-    """`main` for a shell: a bad input is one line, without a traceback. Returns what `sys.exit` takes."""
-    protect_output()
-    try:
-        main(argv)
-    except (ValueError, OSError) as e:
-        return f"sampler.py: {one_line(e)}"
-    except KeyboardInterrupt:
-        return "sampler.py: stopped; the pictures that were finished are there"
-    return 0
+    """`main` for a shell. Returns what `sys.exit` takes (see `exit_status`)."""
+    return exit_status(
+        "sampler.py",
+        lambda: main(argv),
+        interrupted="stopped; the pictures that were finished are there",
+        leaner="a smaller --resolution or --batch-size, or --precision bf16, takes less",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,10 +15,12 @@ import torch
 
 import train
 import training.checkpoints
+from ldm import TINY
 from tests.test_train import config, equal, losses, weights  # noqa: F401 (config is a fixture)
 from training.records import read_metrics
 from weights import CheckpointError, load_state_dict
 from weights.runs import list_checkpoints, newest_checkpoint
+from weights.writing import save_safetensors
 
 ROOT = Path(__file__).parent.parent
 
@@ -108,6 +111,19 @@ def test_what_is_not_finite_is_skipped_and_counted(config, monkeypatch):  # noqa
     with pytest.raises(CheckpointError, match="3 steps in a row.*not finite.*last checkpoint is of step 1"):
         train.train(config, overwrite=True)
     assert all(v.isfinite().all() for v in weights(run).values())
+
+
+def test_a_base_that_is_not_finite_is_told_as_the_cause(config):  # noqa: F811
+    config.steps, config.max_skipped = 6, 2
+    state = load_state_dict(config.base)
+    name = "output_blocks.1.0.in_layers.2.bias"
+    state[f"model.diffusion_model.{name}"][3] = float("inf")
+    config.base = str(Path(config.out).parent / "broken.safetensors")
+    save_safetensors(config.base, state, {"config": TINY.to_json()})
+    with pytest.raises(
+        CheckpointError, match=rf"3 steps in a row.*{re.escape(name)} holds numbers that are not finite"
+    ):
+        train.train(config)
 
 
 def test_a_full_disk_costs_a_checkpoint_not_the_run(config, monkeypatch, capsys):  # noqa: F811

@@ -5,6 +5,7 @@ import sys
 from dataclasses import MISSING, fields
 
 import pytest
+import torch
 
 import config
 import flags
@@ -13,6 +14,7 @@ from drawing import request
 from ldm import MODELS
 from precision import PRECISIONS
 from tests.test_docs import ROOT
+from training.console import exit_status
 
 ANSWERS = {
     "train.py": ["--help"], "data.py": ["--help"], "sampler.py": ["--help"], "merge.py": ["--help"],
@@ -71,3 +73,39 @@ def test_a_row_in_the_table_makes_a_solver_a_choice(monkeypatch):
 def test_a_default_that_depends_on_the_machine_is_told_in_words():
     texts = {f.name: f.metadata["help"] for f in fields(config.Config) if f.default_factory is not MISSING}
     assert texts.keys() == {"device", "workers"} and all("(default: " in text for text in texts.values())
+
+
+def raising(error: BaseException):
+    def main() -> None:
+        raise error
+
+    return main
+
+
+ENDS = {  # an exception -> the line that a program ends with
+    ValueError("a\nb"): r"x.py: a\nb",
+    FileNotFoundError(2, "No such file or directory", "a"): "x.py: [Errno 2] No such file or directory: 'a'",
+    KeyboardInterrupt(): "x.py: stopped",
+    KeyboardInterrupt("step 3 is saved"): "x.py: step 3 is saved",
+    MemoryError(): "x.py: the computer ran out of memory; less",
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has"): (
+        "x.py: the device ran out of memory (1.50 GiB more were asked for); less"
+    ),
+}
+
+
+@pytest.mark.parametrize("error", ENDS, ids=repr)
+def test_what_ends_a_program_is_one_line(error):
+    assert exit_status("x.py", raising(error), leaner="less") == ENDS[error]
+
+
+def test_memory_that_the_computer_lacks_is_told_in_one_line():
+    said = exit_status("x.py", lambda: torch.empty(2**55), leaner="less")
+    assert said == f"x.py: the computer ran out of memory ({2**57 / 2**30:.2f} GiB more were asked for); less"
+
+
+def test_a_mistake_in_the_code_keeps_its_traceback():
+    for error in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), KeyError("a"), TypeError("a")):
+        with pytest.raises(type(error)):
+            exit_status("x.py", raising(error))
+    assert exit_status("x.py", lambda: None) == 0 and exit_status("x.py", lambda: 1) == 1

@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,7 @@ from conditioning import whole_image
 from config import default_device, device, number
 from ldm import ControlLDM
 from sampler import Control, Sampling, sample
-from training.console import protect_output
+from training.console import run_program
 from training.images import Size
 from training.records import save_grid, to_uint8
 from weights import CheckpointError, load_model
@@ -325,8 +324,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    protect_output()
-    try:
-        main()
-    except (ValueError, OSError) as e:  # a bad input: one line, no traceback
-        sys.exit(f"toy.circles: {data.one_line(e)}")
+    run_program("toy.circles", main)

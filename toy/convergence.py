@@ -35,6 +35,7 @@ from lowvram.estimate import flops, trained_shapes
 from lowvram.muon import muon_flops
 from toy import circles
 from toy.variants import VARIANTS, logit_normal_timesteps
+from training.console import run_program
 from training.records import read_metrics
 from training.setup import Trainer, build_trainer, ema_weights
 from training.validation import Validation
@@ -349,4 +350,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program("toy.convergence", main)

@@ -30,6 +30,7 @@ from config import default_device, device, number
 from ldm import TINY, ControlLDM
 from lowvram.muon import Muon
 from toy import circles
+from training.console import run_program
 from training.records import save_grid, to_uint8
 from vae import AutoencoderKL, sample_posterior
 from weights import load_state_dict
@@ -307,4 +308,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program("toy.pretrain", main)

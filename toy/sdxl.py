@@ -19,7 +19,6 @@ it.
 import argparse
 import dataclasses
 import statistics
-import sys
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ import train
 from config import DEMO, TINY_BASE, Config, number
 from ldm import TINY, ControlLDM
 from toy import circles
-from training.console import protect_output
+from training.console import run_program
 from weights import load_model
 from weights.spelling import TEXT, TEXT_1, UNET
 from weights.writing import save_safetensors
@@ -105,8 +104,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    protect_output()
-    try:
-        main()
-    except (ValueError, OSError) as e:  # a bad input: one line, no traceback
-        sys.exit(f"toy.sdxl: {data.one_line(e)}")
+    run_program("toy.sdxl", main)

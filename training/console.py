@@ -1,14 +1,22 @@
-"""Output that cannot end a training: what is printed matters less than the steps that were made.
+"""A program in a terminal: output that cannot end a training, and errors of one line.
+
+What is printed matters less than the steps that were made.
 
 A terminal that was closed, a pipe whose reader ended (`| head`), a full disk under a log file: each raises OSError in
 `print`. A console with an old encoding (Windows, `LANG=C`) raises UnicodeEncodeError at a letter of a prompt that it
 lacks. `protect_output` makes all of that harmless for the whole process.
+
+`run_program` ends a program that was given a bad input, or more work than memory, with one line and no traceback.
 """
 
 import contextlib
 import os
+import re
 import sys
-from typing import Any, TextIO
+from collections.abc import Callable
+from typing import Any, NoReturn, TextIO
+
+from training.files import one_line
 
 
 class _Lenient:
@@ -37,4 +45,55 @@ def protect_output() -> None:
         stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-        setattr(sys, name, _Lenient(stream))
+        if not isinstance(stream, _Lenient):
+            setattr(sys, name, _Lenient(stream))
+
+
+def run_program(name: str, main: Callable[[], Any], **texts: str) -> NoReturn:
+    """Run `main` and end the process as `exit_status` says."""
+    sys.exit(exit_status(name, main, **texts))
+
+
+def exit_status(
+    name: str,
+    main: Callable[[], Any],
+    interrupted: str = "stopped",
+    leaner: str = "smaller images or batches take less",
+) -> int | str:
+    """Run `main`. Returns what `sys.exit` takes: the status that `main` returned (0 for None), or one line, which
+    begins with the program's `name`, about a bad input (ValueError, OSError), memory that did not suffice, or Ctrl-C.
+
+    `interrupted`: what is said after Ctrl-C, unless the exception says more; `leaner`: what takes less memory. Every
+    other exception is a mistake in the code and keeps its traceback.
+    """
+    protect_output()
+    try:
+        return main() or 0
+    except (ValueError, OSError) as e:
+        message = one_line(e)
+    except KeyboardInterrupt as e:
+        message = str(e) or interrupted
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
+        message = f"{describe_out_of_memory(e)}; {leaner}"
+    return f"{name}: {message}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory did not suffice, of a GPU (torch.OutOfMemoryError) or of the computer (a
+    RuntimeError of PyTorch's CPU allocator)."""
+    known = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return known or isinstance(error, MemoryError)
+
+
+def describe_out_of_memory(error: BaseException) -> str:
+    """What ran out of memory, and how much was asked for in vain, as far as the exception tells."""
+    whose = "the device" if type(error).__name__ == "OutOfMemoryError" else "the computer"
+    asked = re.search(r"tried to allocate ([\d.]+ ?[KMG]iB|\d+ bytes)", str(error), re.IGNORECASE)
+    if not asked:
+        return f"{whose} ran out of memory"
+    amount = asked[1]
+    if amount.endswith("bytes"):
+        amount = f"{int(amount.split()[0]) / 2**30:.2f} GiB"
+    return f"{whose} ran out of memory ({amount} more were asked for)"

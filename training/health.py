@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FINITE_STEPS = 10  # steps in a row that have to be finite
 DIVERGED = 10.0  # times the lowest mean loss
@@ -43,3 +43,12 @@ class Health:
         if not all(bool(torch.isfinite(w).all()) for w in weights):
             return "the weights are not finite"
         return None
+
+
+def cause_of_failure(model: nn.Module) -> str:
+    """After steps without a finite loss or gradient: the likely cause and the way out, in words. Weights that do not
+    train tell: those of a broken base are the same as before the run."""
+    for name, p in model.named_parameters():
+        if not (p.requires_grad or p.is_meta or bool(torch.isfinite(p).all())):  # meta: a text encoder that is done
+            return f"the base's {name} holds numbers that are not finite, so no training can start from this base"
+    return "a lower --learning-rate or --precision fp32 may help"
