@@ -158,11 +158,12 @@ def run_one(name: str, changes: dict[str, Any], task: str, seed: int, count: int
         sys.exit(
             f"{folder}: stopped at step {entries[-1]['step']}; the same command goes on with this run from its start"
         )
+    took = [config.batch_size / e["images_per_second"] for e in entries if "images_per_second" in e]
     outcome = {
         "name": name, "task": task, "seed": seed, "changes": changes, "failed": failed, "batch": config.batch_size,
         "steps": config.steps, "flops": flops_of(config), "threads": torch.get_num_threads(),
         "gains": [(e["step"], e["control_gain"]) for e in entries if "control_gain" in e],
-        "seconds": sum(config.batch_size / e["images_per_second"] for e in entries if "images_per_second" in e),
+        "seconds": config.steps * statistics.median(took or [0.0]),  # the mean would tell of other work too
     }  # fmt: skip
     if not failed:
         model = trainers[0].model
@@ -224,7 +225,7 @@ def outcomes_of(task: str) -> dict[str, list[dict[str, Any]]]:
 def table(task: str) -> list[str]:
     """Everything that was run on a task, as the lines of a Markdown table."""
     columns = ["setting", "seeds", "failed", *(f"samples to gain {level}" for level in LEVELS), "steps to gain 0.8"]
-    columns += ["TFLOP to gain 0.8", "final gain", "IoU", "colours"]
+    columns += ["TFLOP to gain 0.8", "seconds to gain 0.8", "final gain", "IoU", "colours"]
     rows = [columns, ["---"] * len(columns)]
     rows += [row(name, outcomes) for name, outcomes in outcomes_of(task).items()]
     return [f"| {' | '.join(cells)} |" for cells in rows]
@@ -232,7 +233,8 @@ def table(task: str) -> list[str]:
 
 def row(name: str, outcomes: Sequence[dict[str, Any]]) -> list[str]:
     """The cells of one setting's row, from the outcomes of its seeds."""
-    good = [o for o in outcomes if not o["failed"]]
+    good = [o | {"seconds_a_step": o["seconds"] / o["steps"]} for o in outcomes if not o["failed"]]
+    ends = ([o["gains"][-1][1] for o in good], 3), ([o["iou"] for o in good], 3), ([o["colors"] for o in good], 2)
 
     def until(level: float, key: str = "", unit: float = 1.0) -> list[float | None]:
         """What it took each seed to reach a control gain: steps, or steps times the outcome's `key`, in `unit`s."""
@@ -241,8 +243,8 @@ def row(name: str, outcomes: Sequence[dict[str, Any]]) -> list[str]:
 
     return [
         name, str(len(outcomes)), str(len(outcomes) - len(good)), *(spread(until(level, "batch")) for level in LEVELS),
-        spread(until(0.8)), spread(until(0.8, "flops", 1e12), 1), spread([o["gains"][-1][1] for o in good], 3),
-        spread([o["iou"] for o in good], 3), spread([o["colors"] for o in good], 2),
+        spread(until(0.8)), spread(until(0.8, "flops", 1e12), 1),
+        spread(until(0.8, "seconds_a_step")), *(spread(values, digits) for values, digits in ends),
     ]  # fmt: skip
 
 
