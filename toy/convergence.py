@@ -73,6 +73,10 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "average": {"adamw-ema-0.99": dict(ema_decay=0.99), "muon-ema-0.99": dict(MUON, ema_decay=0.99)},
     "hint": {f"adamw-{name}": dict(variant=name) for name in ("hint-at-levels", "normalized-hint-encoder")},
     "zero": {f"adamw-zero-convolutions-{k:g}": dict(variant=f"zero-convolutions-{k:g}") for k in (0.2, 5.0)},
+    "muon-timesteps": {f"muon-bias-{bias:g}": dict(MUON, timestep_bias=bias) for bias in (1.0, 0.4)}
+    | {"muon-min-snr-5": dict(MUON, min_snr_gamma=5.0)},
+    "muon-others": {"muon-drop-prompt-0": dict(MUON, drop_prompt=0.0)}
+    | {f"muon-{name}": dict(MUON, variant=name) for name in ("hint-at-levels", "zero-convolutions-5")},
     "muon-parts": {name: dict(MUON, variant=name) for name in ("muon-hint-encoder", "muon-all-but-hint-encoder")},
 }  # fmt: skip
 
