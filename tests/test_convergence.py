@@ -91,6 +91,16 @@ def test_events_and_figure(monkeypatch, tmp_path):
     lines = convergence.events(run)
     assert lines[2:5] == ["| 0 to 199 | 0.800 | 25 |", "| 600 to 799 | 0.800 | 5 |", "| all | 0.800 | 10 |"]
     assert "between steps 5 and 25" in lines[-1]
+    later = tmp_path / "outline" / "demo-1"
+    later.mkdir()
+    entries = [{"step": s, "samples": [(100, 1.0, 1.0), (700, late(s, 30), 1.0)]} for s in range(0, 50, 10)]
+    (later / "gains.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+    both = convergence.events(run, later)
+    assert both[3] == "| 600 to 799 | 0.800 (0.800 to 0.800) | 15 (5 to 25) |"
+    assert both[2] == "| 0 to 199 | 0.400 (0.000 to 0.800) | 25 (25 to 25, 1 never) |" and "1 of 2" in both[-1]
+    entries = [{"step": s, "samples": [(100, 1.0, 1.0)]} for s in (0, 10)]
+    (later / "gains.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+    assert convergence.events(later)[-1] == "demo-1: 0 of 1 validation samples end above a gain of 0.1."
     outcome = dict(name="adamw", seed=0, gains=[(0, 0.0), (100, 0.9)], failed="", batch=8)
     (run / "outcome.json").write_text(json.dumps(outcome))
     xml.etree.ElementTree.fromstring(convergence.figure("outline"))

@@ -291,29 +291,51 @@ def figure(task: str) -> str:
     ])  # fmt: skip
 
 
-def events(run: Path) -> list[str]:
-    """Is the jump one event? When the control gain of each band of timesteps, and of each validation sample, first was
-    half of its final value, as the lines of a Markdown table."""
+@dataclasses.dataclass
+class Jump:
+    """When a run began to obey: the final control gain, and the step at which half of it was reached, of each band of
+    timesteps and of all together ("all"); and that step of each validation sample. What ends at a gain of 0.1 or less
+    has none."""
+
+    bands: dict[str, tuple[float, float | None]]
+    samples: list[float]
+    count: int  # of the validation samples
+
+
+def jump_of(run: Path) -> Jump:
+    """Read from a run's folder when its timesteps and its validation samples jumped."""
     entries = [json.loads(line) for line in (run / "gains.jsonl").read_text().splitlines()]
     losses = np.array([e["samples"] for e in entries])  # (measurements, samples, 3): timestep, right hint, other hint
     steps, timesteps = [e["step"] for e in entries], losses[0, :, 0]
     gain = lambda chosen: 1 - losses[:, chosen, 1].sum(1) / losses[:, chosen, 2].sum(1)
-    half = lambda series: reached(list(zip(steps, series.tolist(), strict=True)), series[-1] / 2)
-    lines = ["| timesteps | final gain | step of half of it |", "|---|---|---|"]
-    for low in range(0, 1000, 200):
-        chosen = (timesteps >= low) & (timesteps < low + 200)
-        if chosen.any():
-            series = gain(chosen)
-            lines.append(f"| {low} to {low + 199} | {series[-1]:.3f} | {half(series):.0f} |")
-    whole = gain(np.ones(len(timesteps), dtype=bool))
-    lines.append(f"| all | {whole[-1]:.3f} | {half(whole):.0f} |")
-    one_by_one = [half(gain([i])) for i in range(len(timesteps)) if gain([i])[-1] > 0.1]
-    low, middle, high = np.percentile(one_by_one, [0, 50, 100])
-    lines.append("")
-    lines.append(
-        f"{len(one_by_one)} of {len(timesteps)} validation samples end above a gain of 0.1; each was at half of its "
-        f"own final gain between steps {low:.0f} and {high:.0f}, the middle one at {middle:.0f}."
+    curve = lambda series: list(zip(steps, series.tolist(), strict=True))
+    half = lambda series: reached(curve(series), series[-1] / 2) if series[-1] > 0.1 else None
+    chosen = {f"{low} to {low + 199}": (timesteps >= low) & (timesteps < low + 200) for low in range(0, 1000, 200)}
+    chosen["all"] = np.ones(len(timesteps), dtype=bool)
+    series = {name: gain(samples) for name, samples in chosen.items() if samples.any()}
+    each = [gain([i]) for i in range(len(timesteps))]
+    return Jump(
+        {name: (float(values[-1]), half(values)) for name, values in series.items()},
+        [step for values in each if (step := half(values)) is not None],
+        len(timesteps),
     )
+
+
+def events(*runs: Path) -> list[str]:
+    """Is the jump one event? When the control gain of each band of timesteps, and of each validation sample, first was
+    half of its final value, as the lines of a Markdown table: the mean over the runs, with the lowest and highest."""
+    jumps = [jump_of(run) for run in runs]
+    lines = ["| timesteps | final gain | step of half of it |", "|---|---|---|"]
+    for name in dict.fromkeys(name for jump in jumps for name in jump.bands):
+        gains, steps = zip(*(jump.bands[name] for jump in jumps if name in jump.bands), strict=True)
+        lines.append(f"| {name} | {spread(gains, 3)} | {spread(steps)} |")
+    for run, jump in zip(runs, jumps, strict=True):
+        text = f"{run.name}: {len(jump.samples)} of {jump.count} validation samples end above a gain of 0.1"
+        if jump.samples:
+            low, middle, high = np.percentile(jump.samples, [0, 50, 100])
+            text += f"; each was at half of its own final gain between steps {low:.0f} and {high:.0f}, the middle one"
+            text += f" at {middle:.0f}"
+        lines += ["", f"{text}."]
     return lines
 
 
@@ -330,7 +352,6 @@ def main(argv: list[str] | None = None) -> None:
     f.add_argument("file", help="file to write")
     e = commands.add_parser("events", help="tell when each timestep and each validation sample jumped")
     e.add_argument("setting", help="name of a setting that was run")
-    e.add_argument("--seed", type=number(int, 0), default=0, help="seed of the run (default 0)")
     for command in (p, t, f, e):
         command.add_argument("--task", choices=tuple(circles.HINTS), default="outline", help="kind of the hints")
     args = parser.parse_args(argv)
@@ -339,7 +360,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.command == "figure":
         return write_atomically(args.file, lambda path: path.write_text(figure(args.task)))
     if args.command == "events":
-        return print("\n".join(events(ROOT / args.task / f"{args.setting}-{args.seed}")))
+        runs = sorted((ROOT / args.task).glob(f"{args.setting}-[0-9]*/gains.jsonl"))
+        runs = [run.parent for run in runs if run.parent.name.removeprefix(f"{args.setting}-").isdecimal()]
+        if not runs:
+            raise FileNotFoundError(f"{ROOT / args.task}: holds no run of {args.setting}; `run` makes it")
+        return print("\n".join(events(*runs)))
     folder = Path("data/convergence") / args.task
     if not (folder / "prompt.json").exists():
         circles.make(folder, kind=args.task)
