@@ -105,6 +105,14 @@ def test_events_and_figure(monkeypatch, tmp_path):
     (run / "outcome.json").write_text(json.dumps(outcome))
     xml.etree.ElementTree.fromstring(convergence.figure("outline"))
     assert ">711<" in convergence.figure("outline")  # 8 * 100 * 0.8 / 0.9
+    outcome |= dict(seed=1, gains=[(0, 0.0), (100, 0.5)])
+    (later / "outcome.json").write_text(json.dumps(outcome))
+    drawn = convergence.curves("outline", ["adamw"])
+    xml.etree.ElementTree.fromstring(drawn)
+    assert 'd="M40.0 300.0L740.0 118.0" fill="none"' in drawn  # the mean of 0.9 and 0.5 after 800 samples
+    assert 'd="M40.0 300.0L740.0 66.0L740.0 170.0L40.0 300.0Z"' in drawn
+    with pytest.raises(ValueError, match="muon-0.02 was not run on outline hints"):
+        convergence.curves("outline", ["muon-0.02"])
 
 
 def test_hints_show_the_circle():

@@ -4,6 +4,7 @@
     python -m toy.convergence run all --task keypoints       the same on another kind of hint
     python -m toy.convergence table                          the table of everything that was run, in Markdown
     python -m toy.convergence figure docs/convergence.svg    the samples that each setting took to a control gain of 0.8
+    python -m toy.convergence curves docs/jump.svg adamw muon-0.02     the control gain over the samples
     python -m toy.convergence events adamw                   is the jump one event? (by timestep, by validation sample)
 
 Every run has the demo's settings with AdamW but for what its row names, a budget of BUDGET samples, and the demo's
@@ -34,6 +35,7 @@ from ldm import TINY, ControlLDM, ModelConfig
 from lowvram.estimate import flops, trained_shapes
 from lowvram.muon import muon_flops
 from toy import circles
+from toy.charts import bar_chart, line_chart
 from toy.variants import VARIANTS, logit_normal_timesteps
 from training.console import run_program
 from training.records import read_metrics
@@ -261,34 +263,22 @@ def figure(task: str) -> str:
         samples = [reached(o["gains"], 0.8) for o in outcomes]
         there = [step * o["batch"] for step, o in zip(samples, outcomes, strict=True) if step is not None]
         bars.append((name, there, len(there) < len(outcomes)))
-    bars.sort(key=lambda bar: statistics.mean(bar[1]) if bar[1] else float("inf"))
-    left, row_height, width, top = 190, 20, 760, 40
-    scale = (width - left - 60) / max([max(there) for _, there, _ in bars if there], default=1)
-    marks = []
-    for i, (name, there, incomplete) in enumerate(bars):
-        y = top + i * row_height
-        marks.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{name}</text>')
-        if not there:
-            marks.append(f'<text x="{left + 4}" y="{y + 13}" fill="#a33">not within {BUDGET} samples</text>')
-            continue
-        mean, low, high = (left + scale * f(there) for f in (statistics.mean, min, max))
-        fill = "url(#hatched)" if incomplete else "#1f69be"
-        marks.append(
-            f'<rect x="{left}" y="{y + 3}" width="{mean - left:.1f}" height="{row_height - 6}" fill="{fill}"/>'
-        )
-        marks.append(f'<path d="M{low:.1f} {y + 10}H{high:.1f}" stroke="#c83228" stroke-width="2"/>')
-        marks.append(f'<text x="{max(mean, high) + 5:.1f}" y="{y + 13}">{statistics.mean(there):.0f}</text>')
-    height = top + len(bars) * row_height + 10
-    return "\n".join([
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"'
-        ' font-family="sans-serif" font-size="12">',
-        '<defs><pattern id="hatched" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
-        '<path d="M0 0V6" stroke="#1f69be" stroke-width="6" opacity="0.5"/></pattern></defs>',
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-        f'<text x="8" y="20" font-size="14">Samples to a control gain of 0.8 ({task} hints); '
-        "red: over the seeds</text>",
-        *marks, "</svg>", "",
-    ])  # fmt: skip
+    title = f"Samples to a control gain of 0.8 ({task} hints); red: over the seeds"
+    return bar_chart(title, bars, f"not within {BUDGET} samples")
+
+
+def curves(task: str, settings: Sequence[str]) -> str:
+    """The control gain over the samples (SVG) of each of the `settings`: the mean over the seeds, and in a paler colour
+    from the lowest to the highest. Raises ValueError for a setting that was not run."""
+    lines, found = {}, outcomes_of(task)
+    for name in settings:
+        if name not in found:
+            raise ValueError(f"{name} was not run on {task} hints; `run` makes it")
+        gains = [[(step * o["batch"], gain) for step, gain in o["gains"]] for o in found[name] if not o["failed"]]
+        lines[name] = [
+            (points[0][0], [gain for _, gain in points]) for points in zip(*gains, strict=True)
+        ]  # samples, gain of each seed
+    return line_chart(f"Control gain over the samples ({task} hints)", lines)
 
 
 @dataclasses.dataclass
@@ -349,16 +339,21 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--count", type=number(int, 1, 1000), default=32, help="held-out hints to judge by (default 32)")
     t = commands.add_parser("table", help="print the table of what was run")
     f = commands.add_parser("figure", help="draw what was run as an SVG file")
-    f.add_argument("file", help="file to write")
+    c = commands.add_parser("curves", help="draw the control gain of some settings over the samples as an SVG file")
+    for command in (f, c):
+        command.add_argument("file", help="file to write")
+    c.add_argument("settings", nargs="+", metavar="SETTING", help="name of a setting that was run")
     e = commands.add_parser("events", help="tell when each timestep and each validation sample jumped")
     e.add_argument("setting", help="name of a setting that was run")
-    for command in (p, t, f, e):
+    for command in (p, t, f, c, e):
         command.add_argument("--task", choices=tuple(circles.HINTS), default="outline", help="kind of the hints")
     args = parser.parse_args(argv)
     if args.command == "table":
         return print("\n".join(table(args.task)))
     if args.command == "figure":
         return write_atomically(args.file, lambda path: path.write_text(figure(args.task)))
+    if args.command == "curves":
+        return write_atomically(args.file, lambda path: path.write_text(curves(args.task, args.settings)))
     if args.command == "events":
         runs = sorted((ROOT / args.task).glob(f"{args.setting}-[0-9]*/gains.jsonl"))
         runs = [run.parent for run in runs if run.parent.name.removeprefix(f"{args.setting}-").isdecimal()]
