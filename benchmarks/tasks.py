@@ -22,6 +22,7 @@ from conditioning import whole_image
 from config import Config
 from ldm import MODELS, PRECISIONS, ControlLDM, compute_dtype_for
 from lowvram import prediction
+from lowvram.process import disable_malloc_trim
 from sampler import Control, Sampling, sample
 from training import cache
 from training.distributed import Ranks
@@ -58,6 +59,7 @@ class OurStep:
         if not config.cache:
             batch = {k: v for k, v in batch.items() if k != "context"} | {"prompt": ["a circle"] * config.batch_size}
         self.trainer, self.batches = build_trainer(config, model), itertools.repeat(batch)
+        disable_malloc_trim()  # as train.py does, which reads the weights in the formats that they have now
         self.loss = train.compiled_loss(config.buckets) if config.compile else train.diffusion_loss
 
     def __call__(self) -> None:
@@ -144,7 +146,7 @@ def our_image(config: Config, name: str) -> Callable[[], None]:
     side = int(config.resolution)
     model, hint = random_model(name), torch.rand(1, 3, side, side).to(config.device)
     model.to(config.device, compute_dtype_for(config.precision, config.device))
-
+    disable_malloc_trim()  # as sampler.py does
     settings = Sampling(config.log_steps, scale=GUIDANCE)
 
     def draw() -> None:

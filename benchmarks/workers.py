@@ -21,7 +21,7 @@ from benchmarks.parts import breakdown, matmul_rate, synchronize
 from benchmarks.tasks import TASKS
 from config import Config
 from ldm import use_tf32
-from lowvram.process import GIB, disable_malloc_trim, peak_resident
+from lowvram.process import GIB, peak_resident
 
 BENCH = Path(__file__).parent.parent / "bench.py"
 
@@ -36,8 +36,6 @@ def serve(task: str, who: str, name: str, config: Config) -> None:
     use_tf32(config.precision != "fp32")
     if config.device.startswith("cuda:"):
         torch.cuda.set_device(config.device)
-    if who == "ours":
-        disable_malloc_trim()  # as train.py and sampler.py do
     function, peak = TASKS[task][who](config, name), 0.0
     for line in sys.stdin:
         reset_peak(config.device)
