@@ -19,7 +19,7 @@ import merge
 import play
 import sampler
 from ldm import SD15, ControlLDM
-from toy import circles, pretrain, sdxl
+from toy import circles, convergence, pretrain, sdxl
 
 ROOT = Path(__file__).parent.parent
 README, TOUR, MAKEFILE = (ROOT / name for name in ("README.md", "docs/tour.md", "Makefile"))
@@ -130,6 +130,7 @@ COMMANDS: dict[str, tuple[Callable, tuple[str, ...]]] = {
     "merge.py": (merge.parse, ("attach", "extract", "transfer", "export", "info")),
     "bench.py": (bench.parse, ("step", "sample", "memory", "data", "gpu", "table")),
     "toy.circles": (circles.main, ("make", "judge")),
+    "toy.convergence": (convergence.main, ("run", "table", "figure", "curves", "events")),
     "toy.pretrain": (pretrain.main, ("",)),
     "toy.sdxl": (sdxl.main, ("",)),
 }
