@@ -334,9 +334,16 @@ def events(*runs: Path) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m toy.convergence", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("run", help="train what is not done yet")
-    p.add_argument("groups", nargs="+", choices=["all", *GROUPS], metavar="GROUP", help=f"all, {', '.join(GROUPS)}")
-    p.add_argument("--seeds", type=number(int, 1, 100), default=3, help="seeds of each setting (default 3)")
+    p = commands.add_parser(
+        "run",
+        help="train what is not done yet",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(["groups, and the settings in them:", *(f"  {k}: {', '.join(v)}" for k, v in GROUPS.items())]),
+    )
+    p.add_argument("groups", nargs="+", choices=["all", *GROUPS], metavar="GROUP", help="all, or groups of settings")
+    p.add_argument(
+        "--seeds", type=number(int, 1, 100), default=3, help="seeds of each setting, counted from 0 (default 3)"
+    )
     p.add_argument("--count", type=number(int, 1, 1000), default=32, help="held-out hints to judge by (default 32)")
     t = commands.add_parser("table", help="print the table of what was run")
     f = commands.add_parser("figure", help="draw what was run as an SVG file")
@@ -347,7 +354,9 @@ def main(argv: list[str] | None = None) -> None:
     e = commands.add_parser("events", help="tell when each timestep and each validation sample jumped")
     e.add_argument("setting", help="name of a setting that was run")
     for command in (p, t, f, c, e):
-        command.add_argument("--task", choices=tuple(circles.HINTS), default="outline", help="kind of the hints")
+        command.add_argument(
+            "--task", choices=tuple(circles.HINTS), default="outline", help="kind of the hints (default outline)"
+        )
     args = parser.parse_args(argv)
     if args.command == "table":
         return print("\n".join(table(args.task)))
