@@ -76,11 +76,20 @@ def quick_gelu(x: Tensor) -> Tensor:
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding that draws no numbers on the meta device: PyTorch would import its compiler for that, which takes
+    more than a second of every program's start."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Embeddings(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.token_embedding = nn.Embedding(VOCABULARY, width)
-        self.position_embedding = nn.Embedding(MAX_TOKENS, width)
+        self.token_embedding = Embedding(VOCABULARY, width)
+        self.position_embedding = Embedding(MAX_TOKENS, width)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]

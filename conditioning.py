@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_text import ACTIVATIONS, MAX_TOKENS, VOCABULARY, CLIPTextModel, TextConfig
+from clip_text import ACTIVATIONS, MAX_TOKENS, VOCABULARY, CLIPTextModel, Embedding, TextConfig
 from unet import timestep_embedding
 
 SIZES = ("original_height", "original_width", "crop_top", "crop_left", "target_height", "target_width")  # in pixels
@@ -76,7 +76,7 @@ class OpenCLIPTextModel(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        self.token_embedding = nn.Embedding(VOCABULARY, config.width)
+        self.token_embedding = Embedding(VOCABULARY, config.width)
         self.positional_embedding = nn.Parameter(torch.randn(MAX_TOKENS, config.width) * 0.01)
         self.transformer = nn.Module()
         self.transformer.resblocks = nn.ModuleList(ResidualAttentionBlock(config) for _ in range(config.layers))

@@ -105,7 +105,8 @@ def build_samples(
         order = BucketOrder(config.seed, dataset.framings.bucket[: len(train_items)], config.bucket_batch)
     dtype = compute_dtype_for(config.precision, config.device)
     model.text.to(config.device, dtype)
-    model.vae.to(config.device, model.config.vae_dtype(dtype))
+    layout = torch.channels_last if config.channels_last else torch.preserve_format
+    model.vae.to(config.device, model.config.vae_dtype(dtype), memory_format=layout)
     if model.config.vae_dtype(dtype) != dtype:
         print("the VAE computes in fp32: its activations can pass the largest number of fp16")
     encodings = None
