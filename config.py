@@ -284,7 +284,7 @@ RECIPES = {
 DEMO = RECIPES["fast"] | dict(
     base=str(TINY_BASE), data="data/circles", out="runs/demo", steps=560, batch_size=8, learning_rate=2e-3,
     muon_rate=0.02, timestep_bias=0.6, logger_freq=100, log_steps=10, validation=16, channels_last=True,
-    drop_prompt=0.0, flip=True,
+    drop_prompt=0.0, flip=True, encode_batch_size=4,
 )  # fmt: skip
 # `base`, `vae`, `data`, `hints` and `columns` may be others on resume, for the same weights and the same rows.
 FIXED_ON_RESUME = (

@@ -2,6 +2,7 @@
 
 import errno
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -58,12 +59,13 @@ def test_frozen_work_is_done_again_when_its_encoder_changed_and_only_then(base, 
     computed = {"latents": 0, "prompts": 0}
     fill = RowCache.fill
 
-    def counted(self, keys, compute, batch_size, name):
-        def count(positions):
-            computed[name] += len(positions)
-            return compute(positions)
+    def counted(self, keys, compute, batch_size, name, **read):
+        def count(some):
+            rows = compute(some)
+            computed[name] += len(rows)
+            return rows
 
-        fill(self, keys, count, batch_size, name)
+        fill(self, keys, count, batch_size, name, **read)
 
     monkeypatch.setattr(RowCache, "fill", counted)
 
@@ -197,20 +199,20 @@ def test_rows_are_read_without_pread_too(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_what_the_cache_holds_does_not_depend_on_the_batch_size(base, folder, tmp_path, threads, layout):
-    """On the CPU the same bits for each batch size and each rest; on other devices another place."""
+def test_a_latent_does_not_depend_on_what_else_is_cached(base, folder, tmp_path, threads, layout):
+    """The same bits with each rest that fills no batch, and another file for each batch size."""
     model, dataset = load_model(base), data.FolderDataset(folder, (32, 32))
     model.vae.to(memory_format=layout)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     with torch.no_grad():
-        whole = cache.build_cache(model, dataset, tmp_path / "whole", 8)
-        for size, rest in ((1, 5), (3, 6), (16, 7)):
-            few = cache.build_cache(model, dataset.without(range(rest, 24)), tmp_path / str(size), size)
-            assert all(torch.equal(few.moments(i), whole.moments(i)) for i in range(rest)), size
+        for size in (3, 8):
+            whole = cache.build_cache(model, dataset, tmp_path / "whole", size)
+            for rest in (1, 2, 5, 7):
+                few = cache.build_cache(model, dataset.without(range(rest, 24)), tmp_path / f"{size} {rest}", size)
+                assert all(torch.equal(few.moments(i), whole.moments(i)) for i in range(rest)), (size, rest)
     torch.set_num_threads(before)
-    names = [cache.encoding_batch(torch.device("cuda"), size) for size in (1, 8)]
-    assert names == [(1, "-1"), (8, "")]
+    assert {file.name for file in tmp_path.glob("whole/latents-*/*.bin")} == {"32x32.bin", "32x32-3.bin"}
 
 
 def test_a_second_start_reads_no_target(base, folder, tmp_path, monkeypatch):
@@ -224,3 +226,17 @@ def test_a_second_start_reads_no_target(base, folder, tmp_path, monkeypatch):
         assert asked == list(range(8))  # the look at whether items are random
         dataset.size = (64, 64)
         assert cache.build_cache(model, dataset, tmp_path, 8).keys[20] != keys[20]
+
+
+def test_workers_read_what_is_encoded(base, folder, tmp_path):
+    """With worker processes the same bits, and a target that cannot be read is named as without them."""
+    own = shutil.copytree(folder, tmp_path / "own")
+    model, dataset = load_model(base), data.FolderDataset(own, (32, 32))
+    with torch.no_grad():
+        alone = cache.build_cache(model, dataset, tmp_path / "alone", 8)
+        helped = cache.build_cache(model, dataset, tmp_path / "helped", 8, workers=2)
+        assert all(torch.equal(alone.moments(i), helped.moments(i)) for i in range(len(dataset)))
+        (bad := dataset._files(7)[1]).write_bytes(bad.read_bytes()[:90])
+        for workers in (0, 2):
+            with pytest.raises(DataError, match=f"line 8: {bad}"):
+                cache.build_cache(model, dataset, tmp_path / f"bad{workers}", 8, workers)

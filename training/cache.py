@@ -10,13 +10,16 @@ cache holds the moments of the VAE's posterior, not a sample: the posterior is s
                                                                   a file for each size (`training/buckets.py`)
     data/.cache/contexts-WEIGHTS/prompts.{bin,keys,sums,lock}
 
-The last bits of a latent can depend on how many images are encoded at once: see `encoding_batch`.
+A convolution over another number of images may take another path, and the last bits of its result differ. So images
+are always encoded `--encode-batch-size` at a time, the last batch filled up, and the file's name says the number
+(512x512-4; 8, with which caches were made before names said it, goes without).
 """
 
+import functools
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,6 +33,7 @@ from data import ArrayDataset, DataError, FolderDataset, digest, to_tensor
 from ldm import ControlLDM, ModelConfig
 from precision import NotFiniteError
 from training.images import Size
+from training.loading import load
 from training.locks import locked
 from training.verify import Memory
 
@@ -67,11 +71,19 @@ class RowCache:
         self._sums = [sums[i : i + 4] for i in range(0, 4 * min(len(sums) // 4, self._count), 4)]
         self._open_file: BinaryIO | None = None
 
-    def fill(self, keys: Sequence[bytes], compute: Callable[[list[int]], Tensor], batch_size: int, name: str) -> None:
+    def fill(
+        self,
+        keys: Sequence[bytes],
+        compute: Callable[[Any], Tensor],
+        batch_size: int,
+        name: str,
+        read: Callable[[list[list[int]]], Iterable[Any]] = iter,
+    ) -> None:
         """Compute and store the rows of those `keys` that are missing or damaged, `batch_size` at a time.
 
-        `compute(positions)` returns the rows (len(positions), *shape) for these positions in `keys`. `name` is for the
-        progress bar and for messages. Raises DataError if the disk has too little room.
+        `compute(positions)` returns the rows (len(positions), *shape) for these positions in `keys`. With `read`, which
+        iterates over what it reads for each batch of positions, `compute` gets that instead. `name` is for the progress
+        bar and for messages. Raises DataError if the disk has too little room.
         """
         wanted = self._not_intact({key: i for i, key in enumerate(keys)}, name)
         if not wanted and len(self._sums) == self._count:
@@ -84,7 +96,7 @@ class RowCache:
             if new < len(wanted):
                 print(f"{self.rows_file}: {len(wanted) - new} rows are damaged (another checksum) and computed anew")
             try:
-                self._compute(wanted, compute, batch_size, name)
+                self._compute(wanted, compute, batch_size, name, read)
             finally:
                 self._read_index()
 
@@ -100,7 +112,7 @@ class RowCache:
         except DataError:
             return False
 
-    def _compute(self, wanted: dict[bytes, int], compute: Callable, batch_size: int, name: str) -> None:
+    def _compute(self, wanted: dict[bytes, int], compute: Callable, batch_size: int, name: str, read: Callable) -> None:
         """Compute rows and write each to the place of its key, or to the end; give a checksum to rows without one."""
         order, count = list(wanted), self._count
         with (
@@ -114,9 +126,11 @@ class RowCache:
             for number in range(len(self._sums), count):
                 keys_file.seek(16 * number)
                 _write_row(sums_file, number, checksum(keys_file.read(16), self._read_row(number)))
-            for start in range(0, len(order), batch_size):
-                keys, new = order[start : start + batch_size], []
-                rows = compute([wanted[key] for key in keys]).to("cpu", self.dtype).contiguous()
+            batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+            inputs = read([[wanted[key] for key in keys] for keys in batches])
+            for keys, some in zip(batches, inputs, strict=True):
+                new = []
+                rows = compute(some).to("cpu", self.dtype).contiguous()
                 assert rows.shape == (len(keys), *self.shape), (rows.shape, self.shape)
                 for key, row in zip(keys, rows.view(torch.uint8).numpy(), strict=True):
                     number = self.index.get(key, count + len(new))
@@ -231,23 +245,11 @@ def fingerprint(
     return digest(*digests, repr(module.config)).hex()[:16]
 
 
-def encoding_batch(device: torch.device, batch_size: int) -> tuple[int, str]:
-    """How many images are encoded at once so that a latent does not depend on the run, and what the name of the cache
-    says of it. The last batch is filled up.
-
-    A convolution over another number of images may take another path, and its last bits differ. On the CPU it is 4
-    for every `batch_size`, which is also the fastest. On a GPU it is `batch_size`, and the name says the number; 8,
-    with which caches were made before names said it, goes without.
-    """
-    if device.type == "cpu":
-        return 4, ""
-    return batch_size, "" if batch_size == 8 else f"-{batch_size}"
-
-
 def build_cache(
-    model: ControlLDM, dataset: FolderDataset | ArrayDataset, cache_dir: str | Path, batch_size: int
+    model: ControlLDM, dataset: FolderDataset | ArrayDataset, cache_dir: str | Path, batch_size: int, workers: int = 0
 ) -> CachedEncodings:
     """Encode all targets (`batch_size` at a time) and prompts of `dataset` that are not yet cached under `cache_dir`.
+    `workers` processes read the targets ahead (0: none).
 
     Raises DataError if the data set gives other items each time or the disk has too little room.
     """
@@ -268,7 +270,7 @@ def build_cache(
     contexts.fill([digest(prompt) for prompt in unique], encode_prompts, PROMPTS_AT_ONCE, "prompts")
     text.cpu()  # so that encoding images has the GPU for itself: those of SDXL have 1.5 GB in bfloat16
     folder = cache_dir / f"latents-{fingerprint(model.vae, VAE_ENCODER)}"
-    latents = cache_latents(model, dataset, folder, batch_size, keys)
+    latents = cache_latents(model, dataset, folder, batch_size, keys, workers)
     sizes = [dataset.size_of(i) for i in range(len(dataset))]
     return CachedEncodings(latents, keys, contexts, sizes, variants)
 
@@ -279,34 +281,56 @@ def text_shape(config: ModelConfig) -> tuple[int, ...]:
     return (77 * width + config.pooled,) if config.pooled else (77, width)
 
 
+@dataclass
+class _Targets:
+    """Item n is the target (3,H,W) at a position in `target_keys`."""
+
+    dataset: FolderDataset | ArrayDataset
+    positions: list[int]
+
+    def __getitem__(self, n: int) -> Tensor:
+        i, variant = divmod(self.positions[n], self.dataset.variants)
+        return to_tensor(self.dataset.target(i, *([variant] if variant else [])))
+
+    def read(self, workers: int, batches: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
+        """The positions and the targets (B,3,H,W) of each batch, which `workers` processes read ahead."""
+        for numbers, images in zip(batches, load(self, batches, workers, torch.stack), strict=True):
+            yield [self.positions[n] for n in numbers], images
+
+
 def cache_latents(
-    model: ControlLDM, dataset: FolderDataset | ArrayDataset, folder: Path, batch_size: int, keys: list[bytes]
+    model: ControlLDM,
+    dataset: FolderDataset | ArrayDataset,
+    folder: Path,
+    batch_size: int,
+    keys: list[bytes],
+    workers: int = 0,
 ) -> dict[Size, RowCache]:
     """The caches of the moments of all targets, by the size of the images. keys: those of `target_keys`."""
     vae, weight, variants = model.vae, model.vae.quant_conv.weight, dataset.variants
-    at_once, suffix = encoding_batch(weight.device, batch_size)
-    positions: dict[Size, list[int]] = {}  # in `keys`
+    suffix = "" if batch_size == 8 else f"-{batch_size}"
+    targets: dict[Size, _Targets] = {}
     for position in range(len(keys)):
-        positions.setdefault(dataset.size_of(position // variants), []).append(position)
+        targets.setdefault(dataset.size_of(position // variants), _Targets(dataset, [])).positions.append(position)
 
-    def encode_targets(some: list[int]) -> Tensor:
-        each = [divmod(position, variants) for position in some]
-        images = [to_tensor(dataset.target(i, *([variant] if variant else []))) for i, variant in each]
-        images += images[-1:] * (at_once - len(images))
+    def encode(read: tuple[list[int], Tensor]) -> Tensor:
+        positions, images = read
+        filling = images[-1:].expand(batch_size - len(images), -1, -1, -1)
         try:
-            return model.encode_images(torch.stack(images))[: len(some)]
+            return model.encode_images(torch.cat([images, filling]))[: len(images)]
         except NotFiniteError as e:
-            raise DataError(f"targets {', '.join(str(i) for i, _ in each)} of the data set: {e}") from e
+            items = ", ".join(str(position // variants) for position in positions)
+            raise DataError(f"targets {items} of the data set: {e}") from e
 
     latents, need = {}, 0
-    for (width, height), of_size in positions.items():
+    for (width, height), of_size in targets.items():
         shape = (2 * model.config.vae.z_channels, height // vae.factor, width // vae.factor)
         rows = latents[width, height] = RowCache(folder, f"{width}x{height}{suffix}", shape, weight.dtype)
-        need += len({keys[p] for p in of_size} - rows.index.keys()) * rows.row_bytes
+        need += len({keys[p] for p in of_size.positions} - rows.index.keys()) * rows.row_bytes
     check_room(folder, need, "latents")
-    for size, of_size in positions.items():
-        compute = lambda some, of_size=of_size: encode_targets([of_size[k] for k in some])
-        latents[size].fill([keys[p] for p in of_size], compute, at_once, "latents")
+    for size, of_size in targets.items():
+        wanted = [keys[p] for p in of_size.positions]
+        latents[size].fill(wanted, encode, batch_size, "latents", read=functools.partial(of_size.read, workers))
     return latents
 
 

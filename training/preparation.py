@@ -113,7 +113,7 @@ def build_samples(
     with torch.no_grad():
         uncond = model.encode_negative("")
         if config.cache:
-            encodings = build_cache(model, dataset, config.cache_dir, config.encode_batch_size)
+            encodings = build_cache(model, dataset, config.cache_dir, config.encode_batch_size, config.workers)
             release_encoders(model)
     latent_shape = (model.config.unet.in_channels, height // model.vae.factor, width // model.vae.factor)
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(data.SampleRandomness)[1:]}
