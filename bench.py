@@ -17,7 +17,7 @@ import sys
 from importlib.util import find_spec
 
 from flags import STEP_SETTINGS, parse_bench
-from training.console import protect_output
+from training.console import protect_output, run_program
 
 if __name__ == "__main__" and sys.argv[1:2] not in (["serve"], ["part"]):  # which are processes that it starts itself
     protect_output()
@@ -29,9 +29,8 @@ from benchmarks.figures import measure_sample, measure_step, memory_table
 from benchmarks.loader import measure_data
 from benchmarks.table import print_table
 from benchmarks.workers import serve
-from config import Config, ConfigError, check_device, default_device, resolve, validate
+from config import Config, check_device, default_device, resolve, validate
 from ldm import MODELS
-from weights import CheckpointError
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -71,13 +70,15 @@ def main(argv: list[str] | None = None) -> None:
     print(json.dumps(result) if args.json else "\n".join(f"{k:32} {v}" for k, v in result.items()))
 
 
+def run() -> None:
+    """Measure, or be one of the processes that `main` starts."""
+    if sys.argv[1:2] == ["serve"]:
+        serve(*sys.argv[2:5], Config(**json.loads(sys.argv[5])))
+    elif sys.argv[1:2] == ["part"]:
+        gpu.run_part(*sys.argv[2:])
+    else:
+        main()
+
+
 if __name__ == "__main__":
-    try:
-        if sys.argv[1:2] == ["serve"]:
-            serve(*sys.argv[2:5], Config(**json.loads(sys.argv[5])))
-        elif sys.argv[1:2] == ["part"]:
-            gpu.run_part(*sys.argv[2:])
-        else:
-            main()
-    except (CheckpointError, ConfigError) as e:
-        sys.exit(f"bench.py: {e}")
+    run_program("bench.py", run)

@@ -113,6 +113,10 @@ def test_events_and_figure(monkeypatch, tmp_path):
     assert 'd="M40.0 300.0L740.0 66.0L740.0 170.0L40.0 300.0Z"' in drawn
     with pytest.raises(ValueError, match="muon-0.02 was not run on outline hints"):
         convergence.curves("outline", ["muon-0.02"])
+    failed = outcome | dict(name="adamw-rate-0.008", failed="the loss was not finite", gains=[])
+    (later / "outcome.json").write_text(json.dumps(failed))
+    with pytest.raises(ValueError, match="every run of adamw-rate-0.008 on outline hints failed"):
+        convergence.curves("outline", ["adamw-rate-0.008"])
 
 
 def test_hints_show_the_circle():

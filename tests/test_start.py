@@ -53,6 +53,12 @@ def test_neither_does_a_wrong_flag(program):
     assert said.returncode == 2 and said.stdout == "PyTorch False\n" and "error: " in said.stderr.splitlines()[-1]
 
 
+def test_loading_a_model_imports_no_compiler():
+    """Drawing numbers on the meta device would import it, which takes more than a second."""
+    code = "import sys, config, weights; weights.load_model(config.TINY_BASE); print('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
+
+
 def test_names_that_the_flags_repeat():
     """The flags know number formats and solvers without importing what computes with them."""
     assert tuple(PRECISIONS) == config.PRECISIONS

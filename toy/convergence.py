@@ -270,12 +270,14 @@ def figure(task: str) -> str:
 
 def curves(task: str, settings: Sequence[str]) -> str:
     """The control gain over the samples (SVG) of each of the `settings`: the mean over the seeds, and in a paler colour
-    from the lowest to the highest. Raises ValueError for a setting that was not run."""
+    from the lowest to the highest. Raises ValueError for a setting that was not run, or of which every run failed."""
     lines, found = {}, outcomes_of(task)
     for name in settings:
         if name not in found:
             raise ValueError(f"{name} was not run on {task} hints; `run` makes it")
         gains = [[(step * o["batch"], gain) for step, gain in o["gains"]] for o in found[name] if not o["failed"]]
+        if not gains:
+            raise ValueError(f"every run of {name} on {task} hints failed, and there is no curve to draw")
         lines[name] = [
             (points[0][0], [gain for _, gain in points]) for points in zip(*gains, strict=True)
         ]  # samples, gain of each seed
