@@ -239,7 +239,7 @@ class Config:
     cache_dir: str = setting("data/.cache", "data loading", "folder of the cache, which runs share")
     workers: int = setting(
         default_workers, "data loading",
-        "processes that load samples ahead; 0: none (default: 2 beside a GPU, otherwise 0)", low=0, high=256,
+        "processes that load images ahead; 0: none (default: 2 beside a GPU, otherwise 0)", low=0, high=256,
     )  # fmt: skip
 
     logger_freq: int = setting(

@@ -1,6 +1,7 @@
 """Frozen work is done once, and again when what it depends on has changed."""
 
 import errno
+import os
 import pickle
 import shutil
 
@@ -240,3 +241,22 @@ def test_workers_read_what_is_encoded(base, folder, tmp_path):
         for workers in (0, 2):
             with pytest.raises(DataError, match=f"line 8: {bad}"):
                 cache.build_cache(model, dataset, tmp_path / f"bad{workers}", 8, workers)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked on Linux and macOS alone")
+@pytest.mark.parametrize("how", ["locked", "take_lock"])
+def test_a_forked_process_keeps_no_lock(tmp_path, how):
+    """A worker may outlive the process that started it, and must not keep its locks."""
+    ready, told = os.pipe()
+    wait, go = os.pipe()
+    with locks.locked(tmp_path / "lock") if how == "locked" else locks.take_lock(tmp_path / "lock"):
+        if (pid := os.fork()) == 0:
+            os.close(go)
+            os.write(told, b"1")
+            os.read(wait, 1)  # returns when the parent closes its end
+            os._exit(0)
+        os.read(ready, 1)
+    again = locks.take_lock(tmp_path / "lock")
+    os.close(go)
+    os.waitpid(pid, 0)
+    assert again is not None

@@ -31,6 +31,7 @@ if hasattr(os, "register_at_fork"):
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock `path` among processes, waiting until it is free; a system without file locks has none to hold."""
     with open(path, "a+") as file:  # "a" would wait if somebody put a pipe there
+        _held.add(file)
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX)  # closing the file releases the lock
         while msvcrt and not fcntl:
