@@ -66,7 +66,8 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "warm-up": {f"adamw-warm-up-{n}": dict(warmup_steps=n) for n in (0, 100)},
     "schedule": {"adamw-constant": dict(lr_schedule="constant"), "muon-constant": dict(MUON, lr_schedule="constant")},
     "hint-gain": {f"adamw-hint-gain-{gain:g}": dict(hint_gain=gain) for gain in (1.0, 2.0)},
-    "muon-hint-gain": {"muon-hint-gain-1": dict(MUON, hint_gain=1.0)},
+    "muon-hint-gain": {"muon-hint-gain-1": dict(MUON, hint_gain=1.0)}
+    | {"muon-normalized-hint-encoder": dict(MUON, variant="normalized-hint-encoder")},
     "timesteps": {f"adamw-bias-{bias:g}": dict(timestep_bias=bias) for bias in (1.0, 0.4, 0.25)}
     | {"adamw-logit-normal": dict(logit_normal=True)},
     "even": {"adamw-random-timesteps": dict(even_timesteps=False)}
