@@ -229,8 +229,11 @@ def test_a_second_start_reads_no_target(base, folder, tmp_path, monkeypatch):
         assert cache.build_cache(model, dataset, tmp_path, 8).keys[20] != keys[20]
 
 
-def test_workers_read_what_is_encoded(base, folder, tmp_path):
+def test_workers_read_what_is_encoded(base, folder, tmp_path, monkeypatch):
     """With worker processes the same bits, and a target that cannot be read is named as without them."""
+    started, load = [], cache.load
+    monkeypatch.setattr(cache, "MANY", 24)
+    monkeypatch.setattr(cache, "load", lambda *args: started.append(args[2]) or load(*args))
     own = shutil.copytree(folder, tmp_path / "own")
     model, dataset = load_model(base), data.FolderDataset(own, (32, 32))
     with torch.no_grad():
@@ -241,6 +244,8 @@ def test_workers_read_what_is_encoded(base, folder, tmp_path):
         for workers in (0, 2):
             with pytest.raises(DataError, match=f"line 8: {bad}"):
                 cache.build_cache(model, dataset, tmp_path / f"bad{workers}", 8, workers)
+        cache.build_cache(model, dataset.without(range(5, 24)), tmp_path / "few", 8, workers=2)
+    assert started == [0, 2, 0, 2, 0]  # few are read sooner than processes have started
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked on Linux and macOS alone")

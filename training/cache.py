@@ -35,7 +35,7 @@ from precision import NotFiniteError
 from training.images import Size
 from training.loading import load
 from training.locks import locked
-from training.verify import Memory
+from training.verify import MANY, Memory
 
 
 class RowCache:
@@ -249,7 +249,7 @@ def build_cache(
     model: ControlLDM, dataset: FolderDataset | ArrayDataset, cache_dir: str | Path, batch_size: int, workers: int = 0
 ) -> CachedEncodings:
     """Encode all targets (`batch_size` at a time) and prompts of `dataset` that are not yet cached under `cache_dir`.
-    `workers` processes read the targets ahead (0: none).
+    `workers` processes read the targets ahead.
 
     Raises DataError if the data set gives other items each time or the disk has too little room.
     """
@@ -293,7 +293,8 @@ class _Targets:
         return to_tensor(self.dataset.target(i, *([variant] if variant else [])))
 
     def read(self, workers: int, batches: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
-        """The positions and the targets (B,3,H,W) of each batch, which `workers` processes read ahead."""
+        """The positions and the targets (B,3,H,W) of each batch. `workers` processes read ahead if they are many."""
+        workers = workers if sum(map(len, batches)) >= MANY else 0
         for numbers, images in zip(batches, load(self, batches, workers, torch.stack), strict=True):
             yield [self.positions[n] for n in numbers], images
 
