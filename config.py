@@ -128,6 +128,11 @@ class Config:
         "transformer blocks that a new ControlNet keeps: full, mid, small, or a number for each level from the finest "
         "(SDXL: 0,2,10 is full); fewer train faster in less memory",
     )  # fmt: skip
+    normalize_hint_encoder: bool = setting(
+        False, "what trains",
+        "scale the initial weights of a new ControlNet's hint encoder so that the data set's hints pass all of its "
+        "layers with variance 1; off: the original's initialisation",
+    )  # fmt: skip
     only_mid_control: bool = setting(
         False, "what trains", "use the residual of the middle block alone: faster, weaker control"
     )
@@ -284,13 +289,13 @@ RECIPES = {
 DEMO = RECIPES["fast"] | dict(
     base=str(TINY_BASE), data="data/circles", out="runs/demo", steps=560, batch_size=8, learning_rate=2e-3,
     muon_rate=0.02, timestep_bias=0.6, logger_freq=100, log_steps=10, validation=16, channels_last=True,
-    drop_prompt=0.0, flip=True, encode_batch_size=4,
+    drop_prompt=0.0, flip=True,
 )  # fmt: skip
 # `base`, `vae`, `data`, `hints` and `columns` may be others on resume, for the same weights and the same rows.
 FIXED_ON_RESUME = (
     "resolution", "hint_channels", "hint_resample", "hint_ground", "hint_scale", "prediction", "control", "ema",
     "clip_skip", "seed", "validation", "zero_terminal_snr", "optimizer", "buckets", "bucket_batch",
-    "control_depth",
+    "control_depth", "normalize_hint_encoder",
 )  # fmt: skip
 
 

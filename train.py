@@ -55,7 +55,7 @@ from training.distributed import Ranks
 from training.health import cause_of_failure
 from training.history import History, dataset_facts, machine
 from training.interruption import Interruption
-from training.preparation import build_samples, open_dataset
+from training.preparation import build_samples, fit_hint_encoder, open_dataset
 from training.records import Metrics, read_metrics
 from training.run_folder import RunFolder
 from training.setup import Trainer, build_trainer, loading_formats, update_ema, zero_grad
@@ -269,6 +269,8 @@ def train(
         if state:
             config.bucket_batch = state["config"].get("bucket_batch", 0)  # the order of the samples stays as it was
         samples, validation_items, uncond = build_samples(config, model, dataset)
+        if config.normalize_hint_encoder and not folder:
+            fit_hint_encoder(model.control_model, samples)
         trainer = build_trainer(config, model)
         trainer.rows = rows
         if folder:

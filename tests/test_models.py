@@ -6,7 +6,7 @@ from torch import nn
 
 import train
 from clip_text import Tokenizer
-from controlnet import ControlNet
+from controlnet import ControlNet, normalize_hint_encoder
 from layers import Addition, Conv1x1, Conv3x3, GatedGELU
 from ldm import SD21_V, TINY, ModelConfig
 from unet import UNetConfig
@@ -197,3 +197,29 @@ def test_tokenizer_normalises_and_cuts():
     assert tokens("\U0001f600 δ")[0, -1] == 49407
     with pytest.raises(ValueError, match="pad"):
         Tokenizer("left")
+
+
+def test_a_normalized_hint_encoder_passes_hints_on_with_variance_1(base):
+    """Each convolution but the last; with 4 channels and hints of few pixels. A trained one, and blank hints, are
+    refused."""
+    unet = load_model(base).unet
+    hints = torch.zeros(6, 4, 64, 64)
+    hints[:, :, 20:23] = 1.0
+    control_model = ControlNet.from_unet(unet, 4, (4, 5, 6, 7), seed=1)
+    before = control_model.input_hint_block[4].weight.clone()
+    factors = normalize_hint_encoder(control_model, hints)
+    h, layers = hints, 0
+    for layer in control_model.input_hint_block[:-1]:
+        h = layer(h)
+        if isinstance(layer, torch.nn.Conv2d):
+            assert h.std().item() == pytest.approx(1, rel=0.006) and not layer.bias.any()  # three digits
+            layers += 1
+    assert layers == len(factors) == 7
+    assert torch.equal(control_model.input_hint_block[4].weight, before * factors[2])
+    assert not control_model.embed_hint(hints).any()
+    again = ControlNet.from_unet(unet, 4, (4, 5, 6, 7), seed=1)
+    with pytest.raises(ValueError, match="the first 6 hints show nothing"):
+        normalize_hint_encoder(again, hints * 0)
+    again.input_hint_block[-1].weight.data[0, 0, 0, 0] = 1e-3
+    with pytest.raises(ValueError, match="trained already"):
+        normalize_hint_encoder(again, hints)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -232,6 +233,27 @@ def test_what_is_encoded_held_out_and_drawn(config, tmp_path, monkeypatch):
     other = dict(encode_batch_size=2, log_images=5, validation=3, log_steps=1, guidance=1.5)
     train.train(dataclasses.replace(config, **other, out=str(tmp_path / "b"), cache_dir=str(tmp_path / "again")))
     assert max(encoded) == 2 and drawn == [(3, 1, 1.5)] * 2
+
+
+def test_a_new_hint_encoder_is_fitted_to_the_hints_once(config, tmp_path, capsys):
+    config = dataclasses.replace(config, steps=2, normalize_hint_encoder=True, learning_rate=0.0, checkpoint_freq=1)
+    run = train.train(config)
+    told = re.search(r"initial weights are multiplied by ([\d., ]+)\n", capsys.readouterr().out)[1]
+    plain = train.train(dataclasses.replace(config, normalize_hint_encoder=False, out=str(tmp_path / "plain")))
+    name = "control_model.input_hint_block.{}.weight"
+    fitted, given = weights(run), weights(plain)
+    for number, factor in zip(range(0, 14, 2), map(float, told.split(", ")), strict=True):
+        assert torch.equal(fitted[name.format(number)], given[name.format(number)] * factor)
+    capsys.readouterr()
+    train.train(dataclasses.replace(config, steps=3), resume=run)
+    assert "multiplied" not in capsys.readouterr().out and equal(weights(run), fitted)
+    with pytest.raises(ConfigError, match="--normalize-hint-encoder cannot change on resume"):
+        train.parse(["--resume", str(run), "--no-normalize-hint-encoder"])
+    trained = load_state_dict(newest_checkpoint(run) / "trained.safetensors")
+    trained["control_model.input_hint_block.14.weight"][0] = 1.0
+    save_safetensors(tmp_path / "trained.safetensors", trained, {})
+    with pytest.raises(ConfigError, match="--normalize-hint-encoder: the hint encoder is trained already"):
+        train.train(dataclasses.replace(config, control=str(tmp_path / "trained.safetensors"), out=str(tmp_path / "c")))
 
 
 def test_settings_that_shape_the_step(config, tmp_path):

@@ -67,7 +67,7 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "schedule": {"adamw-constant": dict(lr_schedule="constant"), "muon-constant": dict(MUON, lr_schedule="constant")},
     "hint-gain": {f"adamw-hint-gain-{gain:g}": dict(hint_gain=gain) for gain in (1.0, 2.0)},
     "muon-hint-gain": {"muon-hint-gain-1": dict(MUON, hint_gain=1.0)}
-    | {"muon-normalized-hint-encoder": dict(MUON, variant="normalized-hint-encoder")},
+    | {"muon-normalized-hint-encoder": dict(MUON, normalize_hint_encoder=True)},
     "timesteps": {f"adamw-bias-{bias:g}": dict(timestep_bias=bias) for bias in (1.0, 0.4, 0.25)}
     | {"adamw-logit-normal": dict(logit_normal=True)},
     "even": {"adamw-random-timesteps": dict(even_timesteps=False)}
@@ -75,7 +75,8 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "loss": {"adamw-min-snr-5": dict(min_snr_gamma=5.0), "adamw-no-clipping": dict(clip_grad_norm=0.0)},
     "dropout": {f"adamw-drop-prompt-{p:g}": dict(drop_prompt=p) for p in (0.0, 0.5)},
     "average": {"adamw-ema-0.99": dict(ema_decay=0.99), "muon-ema-0.99": dict(MUON, ema_decay=0.99)},
-    "hint": {f"adamw-{name}": dict(variant=name) for name in ("hint-at-levels", "normalized-hint-encoder")},
+    "hint": {"adamw-hint-at-levels": dict(variant="hint-at-levels")}
+    | {"adamw-normalized-hint-encoder": dict(normalize_hint_encoder=True)},
     "zero": {f"adamw-zero-convolutions-{k:g}": dict(variant=f"zero-convolutions-{k:g}") for k in (0.2, 5.0)},
     "muon-timesteps": {f"muon-bias-{bias:g}": dict(MUON, timestep_bias=bias) for bias in (1.0, 0.4)}
     | {"muon-min-snr-5": dict(MUON, min_snr_gamma=5.0)},

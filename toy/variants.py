@@ -10,15 +10,12 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 
-import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from controlnet import ControlNet
 from layers import Conv3x3, zero_module
 from lowvram.muon import Muon
-from toy.circles import random_circle
 from training.randomness import SampleRandomness
 from training.setup import Trainer
 from unet import Downsample
@@ -98,19 +95,6 @@ def hint_at_levels(trainer: Trainer) -> None:
         trainer.optimizer.add_param_group({k: v for k, v in first.items() if k != "params"} | {"params": [p]})
 
 
-@torch.no_grad()
-def normalized_hint_encoder(trainer: Trainer) -> None:
-    """Scale each convolution of the hint encoder, the last one apart, so that its output has the variance 1 for some
-    hints: what `hint_gain` does roughly."""
-    hints = np.stack([random_circle(5, i).draw(128)[0].astype(np.float32) / 255 for i in range(16)])
-    h = torch.from_numpy(hints).permute(0, 3, 1, 2)
-    for layer in trainer.model.control_model.input_hint_block[:-1]:
-        if isinstance(layer, nn.Conv2d):
-            layer.bias.zero_()
-            layer.weight /= layer(h).std()
-        h = layer(h)
-
-
 @contextlib.contextmanager
 def logit_normal_timesteps() -> Iterator[None]:
     """While entered, timesteps are 1000 / (1 + exp(-n)) of a normally distributed n, few at both ends of the schedule
@@ -132,7 +116,6 @@ VARIANTS: dict[str, Callable[[Trainer], None]] = {
     "zero-convolutions-5": faster_zero_convolutions(5.0),
     "zero-convolutions-0.2": faster_zero_convolutions(0.2),
     "hint-at-levels": hint_at_levels,
-    "normalized-hint-encoder": normalized_hint_encoder,
     "muon-hint-encoder": muon_for(in_hint_encoder),
     "muon-all-but-hint-encoder": muon_for(lambda name: not in_hint_encoder(name)),
 }

@@ -3,6 +3,7 @@
     open_dataset      every file is decoded once, so that no bad one ends the run later (`training/verify.py`)
     frame_items       the size of the images is chosen, or the bucket of each (`training/buckets.py`)
     build_samples     items are held out for validation, the others put in order; latents and contexts are cached
+    fit_hint_encoder  a new ControlNet's hint encoder is scaled to the hints, if that is asked for
 
 What is chosen here (resolution, ground of the hints, length of groups) is written to the run's settings, so that a
 resumed run keeps to it.
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 
 import data
-from config import Config
+from config import Config, ConfigError
+from controlnet import ControlNet, normalize_hint_encoder
 from ldm import ControlLDM, ModelConfig, compute_dtype_for
 from training.buckets import Framings, assign_buckets, bucket_sizes, describe_buckets
 from training.cache import build_cache, release_encoders
@@ -105,8 +107,7 @@ def build_samples(
         order = BucketOrder(config.seed, dataset.framings.bucket[: len(train_items)], config.bucket_batch)
     dtype = compute_dtype_for(config.precision, config.device)
     model.text.to(config.device, dtype)
-    layout = torch.channels_last if config.channels_last else torch.preserve_format
-    model.vae.to(config.device, model.config.vae_dtype(dtype), memory_format=layout)
+    model.vae.to(config.device, model.config.vae_dtype(dtype))
     if model.config.vae_dtype(dtype) != dtype:
         print("the VAE computes in fp32: its activations can pass the largest number of fp16")
     encodings = None
@@ -120,3 +121,16 @@ def build_samples(
     randomness = data.SampleRandomness(model.config.timesteps, **settings)
     samples = data.Samples(dataset, train_items, config.seed, latent_shape, randomness, encodings, order)
     return samples, list(validation_items), uncond
+
+
+def fit_hint_encoder(control_model: ControlNet, samples: data.Samples, count: int = 16) -> None:
+    """Scale a new ControlNet's hint encoder by the first `count` hints of the training items (of one size, where there
+    are several), as `--normalize-hint-encoder` asks. ConfigError if that cannot be."""
+    dataset, items = samples.dataset, samples.indices
+    alike = [i for i in items if dataset.size_of(i) == dataset.size_of(items[0])][:count]
+    hints = torch.stack([data.to_tensor(dataset.hint(i)) for i in alike])
+    try:
+        factors = normalize_hint_encoder(control_model, hints)
+    except ValueError as e:
+        raise ConfigError(f"--normalize-hint-encoder: {e}") from e
+    print(f"hint encoder: initial weights are multiplied by {', '.join(f'{factor:g}' for factor in factors)}")
