@@ -145,27 +145,3 @@ def new_weights(
         layer.weight.data *= hint_gain
     zero_module(control_model.input_hint_block[-1])
     return {name: tensor for name, tensor in control_model.state_dict().items() if name not in copied}
-
-
-@torch.no_grad()
-def normalize_hint_encoder(control_model: ControlNet, hints: Tensor) -> list[float]:
-    """Scale each convolution of a new ControlNet's hint encoder, the last one apart, so that its output has variance 1
-    for these hints (B,hint_channels,H,W) in [0,1]. Returns the factors of the weights; the biases become 0.
-
-    The hint then reaches the last convolution, which starts at zero, at full strength. Follows Mishkin and Matas 2015
-    (arXiv:1511.06422). Factors have three digits, so that computers whose last bits differ make the same ControlNet.
-    Raises ValueError if the hint encoder is trained already, or if the hints show nothing.
-    """
-    if control_model.input_hint_block[-1].weight.any():
-        raise ValueError("the hint encoder is trained already; only that of a new ControlNet can be normalized")
-    h, factors = hints.float(), []
-    for layer in control_model.input_hint_block[:-1]:
-        if isinstance(layer, nn.Conv2d):
-            layer.bias.zero_()
-            deviation = layer(h).std().item()
-            if not deviation > 1e-6:
-                raise ValueError(f"the first {len(hints)} hints show nothing, or the hint encoder cannot see it")
-            factors.append(float(f"{1 / deviation:.3g}"))
-            layer.weight *= factors[-1]
-        h = layer(h)
-    return factors

@@ -6,9 +6,10 @@ from torch import nn
 
 import train
 from clip_text import Tokenizer
-from controlnet import ControlNet, normalize_hint_encoder
+from controlnet import ControlNet
 from layers import Addition, Conv1x1, Conv3x3, GatedGELU
 from ldm import SD21_V, TINY, ModelConfig
+from training.preparation import normalize_hint_encoder
 from unet import UNetConfig
 from weights import CheckpointError, ModelSource, load_model, load_state_dict
 from weights.source import load_trained

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import data
 from config import Config, ConfigError
-from controlnet import ControlNet, normalize_hint_encoder
+from controlnet import ControlNet
 from ldm import ControlLDM, ModelConfig, compute_dtype_for
 from training.buckets import Framings, assign_buckets, bucket_sizes, describe_buckets
 from training.cache import build_cache, release_encoders
@@ -134,3 +134,27 @@ def fit_hint_encoder(control_model: ControlNet, samples: data.Samples, count: in
     except ValueError as e:
         raise ConfigError(f"--normalize-hint-encoder: {e}") from e
     print(f"hint encoder: initial weights are multiplied by {', '.join(f'{factor:g}' for factor in factors)}")
+
+
+@torch.no_grad()
+def normalize_hint_encoder(control_model: ControlNet, hints: Tensor) -> list[float]:
+    """Scale each convolution of a new ControlNet's hint encoder, the last one apart, so that its output has variance 1
+    for these hints (B,hint_channels,H,W) in [0,1]. Returns the factors of the weights; the biases become 0.
+
+    The hint then reaches the last convolution, which starts at zero, at full strength. Follows Mishkin and Matas 2015
+    (arXiv:1511.06422). Factors have three digits, so that computers whose last bits differ make the same ControlNet.
+    Raises ValueError if the hint encoder is trained already, or if the hints show nothing.
+    """
+    if control_model.input_hint_block[-1].weight.any():
+        raise ValueError("the hint encoder is trained already; only that of a new ControlNet can be normalized")
+    h, factors = hints.float(), []
+    for layer in control_model.input_hint_block[:-1]:
+        if isinstance(layer, nn.Conv2d):
+            layer.bias.zero_()
+            deviation = layer(h).std().item()
+            if not deviation > 1e-6:
+                raise ValueError(f"the first {len(hints)} hints show nothing, or the hint encoder cannot see it")
+            factors.append(float(f"{1 / deviation:.3g}"))
+            layer.weight *= factors[-1]
+        h = layer(h)
+    return factors
