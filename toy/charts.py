@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 
-COLORS = ("#1f69be", "#c83228", "#2f8f4e", "#8a5cc2", "#c98a12", "#555555")
+COLORS = ("#1f69be", "#c83228", "#2f8f4e", "#8a5cc2", "#c98a12", "#555555", "#17a2b8")
 WIDTH = 760
 
 
@@ -24,7 +24,7 @@ def bar_chart(title: str, bars: Sequence[tuple[str, Sequence[float], bool]], mis
     """A bar for each (name, values, incomplete), the shortest first: the mean, and a line from the lowest to the
     highest value. Incomplete bars are hatched; where there are no values the text `missing` stands."""
     bars = sorted(bars, key=lambda bar: statistics.mean(bar[1]) if bar[1] else float("inf"))
-    left, row_height, top = 190, 20, 40
+    left, row_height, top = 212, 20, 40
     scale = (WIDTH - left - 60) / max((max(values) for _, values, _ in bars if values), default=1)
     marks = []
     for i, (name, values, incomplete) in enumerate(bars):
