@@ -16,6 +16,8 @@ are always encoded `--encode-batch-size` at a time, the last batch filled up, an
 """
 
 import functools
+import itertools
+import operator
 import os
 import shutil
 import zlib
@@ -293,10 +295,12 @@ class _Targets:
         return to_tensor(self.dataset.target(i, *([variant] if variant else [])))
 
     def read(self, workers: int, batches: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
-        """The positions and the targets (B,3,H,W) of each batch. `workers` processes read ahead if they are many."""
-        workers = workers if sum(map(len, batches)) >= MANY else 0
-        for numbers, images in zip(batches, load(self, batches, workers, torch.stack), strict=True):
-            yield [self.positions[n] for n in numbers], images
+        """The positions and the targets (B,3,H,W) of each batch. `workers` processes read ahead if they are many, image
+        by image, since what waits between processes takes shared memory."""
+        singles = [[n] for numbers in batches for n in numbers]
+        images = load(self, singles, workers if len(singles) >= MANY else 0, operator.itemgetter(0))
+        for numbers in batches:
+            yield [self.positions[n] for n in numbers], torch.stack(list(itertools.islice(images, len(numbers))))
 
 
 def cache_latents(
