@@ -72,11 +72,10 @@ class FolderDataset(Framed):
     `size`: every pair is scaled to cover it, and the same middle is cut out of both images (None: images stay as they
     are), unless `framings` says otherwise. Targets are scaled with antialiasing; hints by area, or `nearest` for label
     maps. `hint_channels`, `hint_ground`, `hint_scale` and `max_megapixels` as in `training.images.Reading`; targets are
-    laid on white.
-    `follow_links`: links may lead out of the folder. Keys that every row has beside the three fields are keys of the
-    items, too. With `strict`, rows that cannot be parsed raise DataError (an empty prompt is allowed in training);
-    without, they keep their numbers, are listed in `problems`, and raise DataError when they are asked for. `columns`,
-    `hints` and `index_dir` as in `training.layouts.read_rows`.
+    laid on white. `follow_links`: links may lead out of the folder. Keys that every row has beside the three fields are
+    keys of the items, too. With `strict`, rows that cannot be parsed raise DataError (an empty prompt is allowed in
+    training); without, they keep their numbers, are listed in `problems`, and raise DataError when they are asked for.
+    `columns`, `hints` and `index_dir` as in `training.layouts.read_rows`.
     """
 
     root: str | Path
@@ -167,11 +166,11 @@ class FolderDataset(Framed):
         hint = Reading(self.hint_channels, self.hint_ground, self.hint_scale, class_numbers, bound)
         return hint, Reading(3, "white", max_pixels=bound)
 
-    def load_item(self, i: int, target: bool = True, variant: int = 0) -> dict[str, Any]:
+    def load_item(self, i: int, target: bool = True, variant: int = 0, raw: bool = False) -> dict[str, Any]:
         """Item i: dict(txt, hint, jpg and the further keys of its row); without jpg if `target` is False."""
         item = {k: v for k, v in self.rows[i].extra.items() if k in self._extra_keys}
-        item |= self.told_sizes(self.framing(i, variant)) | dict(txt=self.prompt(i), hint=self.hint(i, variant))
-        return item | (dict(jpg=self.target(i, variant)) if target else {})
+        item |= self.told_sizes(self.framing(i, variant)) | dict(txt=self.prompt(i), hint=self.hint(i, variant, raw))
+        return item | (dict(jpg=self.target(i, variant, raw)) if target else {})
 
     def prompt(self, i: int) -> str:
         """The prompt of item i."""
@@ -189,13 +188,15 @@ class FolderDataset(Framed):
             return [(target.width, target.height) for _, target in self.facts]
         return [self.sizes(i)[1] for i in range(len(self))]
 
-    def target(self, i: int, variant: int = 0) -> np.ndarray:
-        """Target i: (H,W,3) float32 in [-1,1]."""
-        return self._read(i, 1, Image.Resampling.LANCZOS, variant) / 127.5 - 1
+    def target(self, i: int, variant: int = 0, raw: bool = False) -> np.ndarray:
+        """Target i: (H,W,3) float32 in [-1,1]; `raw`: uint8, a quarter of the memory."""
+        pixels = self._read(i, 1, Image.Resampling.LANCZOS, variant)
+        return pixels if raw else pixels.astype(np.float32) / 127.5 - 1
 
-    def hint(self, i: int, variant: int = 0) -> np.ndarray:
-        """Hint i: (H,W,hint_channels) float32 in [0,1]."""
-        return self._read(i, 0, RESAMPLE[self.hint_resample], variant) / 255
+    def hint(self, i: int, variant: int = 0, raw: bool = False) -> np.ndarray:
+        """Hint i: (H,W,hint_channels) float32 in [0,1]; `raw`: uint8."""
+        pixels = self._read(i, 0, RESAMPLE[self.hint_resample], variant)
+        return pixels if raw else pixels.astype(np.float32) / 255
 
     def key(self, i: int, variant: int = 0) -> bytes:
         """16 bytes that change when the pixels of target i may change: a digest of its file and of how it is framed."""
@@ -209,7 +210,7 @@ class FolderDataset(Framed):
             self._compared.add(self.rows[i].target)
         array = self._named(i, images.decode, path, self.readings()[side]).array
         framing = self.framing(i, variant, array.shape[1::-1])
-        return resize(array, framing.size, resample, framing.position, framing.flipped).astype(np.float32)
+        return resize(array, framing.size, resample, framing.position, framing.flipped)
 
     def _files(self, i: int) -> tuple[File, File]:
         """Hint and target file of row i. DataError for a row that could not be parsed."""
@@ -252,8 +253,9 @@ class ArrayDataset(Framed):
     def __getitem__(self, i: int) -> dict[str, Any]:
         return self.load_item(i)
 
-    def load_item(self, i: int, target: bool = True, variant: int = 0) -> dict[str, Any]:
-        """Item i, checked and resized, with its further keys as they are; without jpg if `target` is False.
+    def load_item(self, i: int, target: bool = True, variant: int = 0, raw: bool = False) -> dict[str, Any]:
+        """Item i, checked and resized, with its further keys as they are; without jpg if `target` is False. Without
+        bytes to give, `raw` changes nothing.
 
         `dataset[i]` is called once, so that the parts belong together even if the data set makes random items.
         """
@@ -280,10 +282,10 @@ class ArrayDataset(Framed):
         """(width, height) of all targets as they are, for which every item is loaded."""
         return [np.shape(self._item(i)["jpg"])[1::-1] for i in range(len(self))]
 
-    def target(self, i: int, variant: int = 0) -> np.ndarray:
+    def target(self, i: int, variant: int = 0, raw: bool = False) -> np.ndarray:
         return self.load_item(i, variant=variant)["jpg"]
 
-    def hint(self, i: int, variant: int = 0) -> np.ndarray:
+    def hint(self, i: int, variant: int = 0, raw: bool = False) -> np.ndarray:
         return self.load_item(i, variant=variant)["hint"]
 
     def prompt(self, i: int) -> str:
@@ -316,10 +318,10 @@ class Samples(torch.utils.data.Dataset):
     """Sample n of a run, where n counts over all steps, ranks and micro-batches.
 
     The item of a sample and everything random about the sample depend on (seed, n) alone, so neither the split into
-    batches nor an interruption changes what sample n is. A sample is a dict of CPU tensors: hint (C,H,W), noise and
-    posterior_noise (4,h,w), timesteps () int64; then with `encodings` moments (2z,h,w) and context (77,D), without
-    target (3,H,W) and prompt (a string); and the further keys of the item, with `sizes` (6,), which tells how it is
-    framed. With an `order` items have several sizes, and `latent_shape` is that of items of the data set's `size`.
+    batches nor an interruption changes what sample n is. A sample is a dict of CPU tensors: hint (C,H,W) (of files
+    uint8), noise and posterior_noise (4,h,w), timesteps () int64; then with `encodings` moments (2z,h,w) and context
+    (77,D), without target (3,H,W), as the hint, and prompt (a string); and the further keys of the item, with `sizes`
+    (6,): how it is framed. With an `order` items have several sizes, and `latent_shape` is that of `dataset.size`.
     """
 
     dataset: FolderDataset | ArrayDataset
@@ -348,7 +350,7 @@ class Samples(torch.utils.data.Dataset):
         """What samples of item i have in common: all but noise and timesteps. `drop_prompt` takes the empty prompt;
         `variant`: see `training.buckets.Framings`."""
         which = {"variant": variant} if variant else {}
-        item = self.dataset.load_item(i, target=self.encodings is None, **which)
+        item = self.dataset.load_item(i, target=self.encodings is None, raw=True, **which)
         jpg, prompt, hint = item.pop("jpg", None), item.pop("txt"), item.pop("hint")
         prompt = "" if drop_prompt else prompt
         item["hint"] = to_tensor(hint)
@@ -375,7 +377,7 @@ class Samples(torch.utils.data.Dataset):
 
 def to_tensor(array: np.ndarray) -> Tensor:
     """Turn an array (H,W,C) into a tensor (C,H,W)."""
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+    return torch.from_numpy(array.transpose(2, 0, 1).copy())
 
 
 def batches(

@@ -5,12 +5,14 @@ import os
 import pickle
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 import data
 from data import DataError
 from training import cache, locks
+from training.buckets import Framings
 from training.cache import RowCache
 from weights import load_model
 
@@ -214,6 +216,33 @@ def test_a_latent_does_not_depend_on_what_else_is_cached(base, folder, tmp_path,
                 assert all(torch.equal(few.moments(i), whole.moments(i)) for i in range(rest)), (size, rest)
     torch.set_num_threads(before)
     assert {file.name for file in tmp_path.glob("whole/latents-*/*.bin")} == {"32x32.bin", "32x32-3.bin"}
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_samples_carry_bytes_which_become_the_data_sets_numbers(base, folder, monkeypatch, flip):
+    """Between processes and on the way to a GPU a pixel is one byte; the loss and the VAE get the data set's floats, to
+    the bit. Own data sets have no bytes."""
+    dataset = data.FolderDataset(folder, (32, 32))
+    dataset.framings = Framings([(32, 32)], None, np.array([(32, 32)] * 24), flip=flip)
+    samples, model = data.Samples(dataset, range(24), 0, (4, 4, 4)), load_model(base)
+    images, encode = [], model.encode_images
+    monkeypatch.setattr(model, "encode_images", lambda few: images.append(few) or encode(few))
+    batch = next(data.batches(samples, 0, 5, 5))
+    assert batch["hint"].dtype == batch["target"].dtype == torch.uint8
+    prepared = cache.prepare_batch(model, dict(batch), "cpu", 2)
+    variants = [data.derive_seed("variant", 0, n) % dataset.variants for n in range(5)]
+    items = [dataset.load_item(samples.index(n), variant=variants[n]) for n in range(5)]
+    assert torch.equal(prepared["hint"], torch.stack([data.to_tensor(item["hint"]) for item in items]))
+    assert torch.equal(torch.cat(images), torch.stack([data.to_tensor(item["jpg"]) for item in items]))
+    values = torch.arange(256, dtype=torch.uint8)  # all there are
+    of_numpy = values.numpy().astype(np.float32)
+    every = {"hint": values.expand(5, 3, 8, 256), "target": values.expand(5, 3, 8, 256)}
+    every |= {"posterior_noise": torch.zeros(5, 4, 1, 32), "prompt": batch["prompt"]}
+    images.clear()
+    assert np.array_equal(cache.prepare_batch(model, every, "cpu", 5)["hint"][0, 0, 0].numpy(), of_numpy / 255)
+    assert np.array_equal(images[0][0, 0, 0].numpy(), of_numpy / 127.5 - 1)
+    own = data.Samples(data.ArrayDataset(dataset, (32, 32)), range(24), 0, (4, 4, 4))
+    assert own[0]["hint"].dtype == torch.float32 and torch.equal(own[0]["hint"] * 255, samples[0]["hint"].float())
 
 
 def test_a_second_start_reads_no_target(base, folder, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -33,11 +34,12 @@ def to_uint8(images: Tensor) -> list[np.ndarray]:
 
 
 def hint_image(hint: Tensor) -> np.ndarray:
-    """Turn a hint (C,H,W) in [0,1] into a picture (H,W,3) uint8.
+    """Turn a hint (C,H,W), in [0,1] or of bytes, into a picture (H,W,3) uint8.
 
     1 channel becomes gray, 2 become red and green, and of more than 3 the first three are shown.
     """
-    channels = list((hint.float().clamp(0, 1) * 255).round().byte().cpu().numpy()[:3])
+    pixels = hint if hint.dtype == torch.uint8 else (hint.float().clamp(0, 1) * 255).round().byte()
+    channels = list(pixels.cpu().numpy()[:3])
     black = np.zeros_like(channels[0])
     return np.stack({1: channels * 3, 2: [*channels, black]}.get(len(channels), channels), axis=-1)
 
