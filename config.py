@@ -287,7 +287,7 @@ RECIPES = {
 }  # fmt: skip
 # `python train.py` without flags.
 DEMO = RECIPES["fast"] | dict(
-    base=str(TINY_BASE), data="data/circles", out="runs/demo", steps=560, batch_size=8, learning_rate=2e-3,
+    base=str(TINY_BASE), data="data/circles", out="runs/demo", steps=480, batch_size=8, learning_rate=2e-3,
     muon_rate=0.02, timestep_bias=0.6, logger_freq=100, log_steps=10, validation=16, channels_last=True,
     drop_prompt=0.0, flip=True,
 )  # fmt: skip

@@ -137,7 +137,7 @@ def random_circle(seed: int, index: int) -> Circle:
 
 def make(
     out: str | Path,
-    count: int = 2000,
+    count: int = 1000,
     size: int = 128,
     seed: int = 0,
     kind: str = "outline",
@@ -301,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("make", help="write a data set", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("out", nargs="?", default="data/circles", help="folder to write")
-    p.add_argument("--count", type=number(int, 1, 1e9), default=2000, help="number of pairs")
+    p.add_argument("--count", type=number(int, 1, 1e9), default=1000, help="number of pairs")
     p.add_argument("--size", type=number(int, 16, 16384), default=128, help="side of the images in pixels")
     p.add_argument("--seed", type=number(int, 0), default=0, help="equal seeds make equal data sets")
     p.add_argument("--shapes", nargs="+", metavar="WxH", help="sizes of the images in turn, instead of squares")

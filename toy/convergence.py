@@ -46,6 +46,7 @@ from weights.writing import save_json, save_safetensors, write_atomically
 
 ROOT = Path("runs/convergence")
 BUDGET = 3200  # samples of a run: 400 steps of the demo's batch
+PAIRS = 2000  # of a data set
 # What every setting starts from: the demo's settings as they were when the grid was run, with AdamW at the rate that
 # suits it. (What the grid found went into the demo.)
 BASELINE = DEMO | dict(optimizer="adamw", learning_rate=2e-3, timestep_bias=0.7, drop_prompt=0.1)
@@ -376,7 +377,7 @@ def main(argv: list[str] | None = None) -> None:
         return print("\n".join(events(*runs)))
     folder = Path("data/convergence") / args.task
     if not (folder / "prompt.json").exists():
-        circles.make(folder, kind=args.task)
+        circles.make(folder, PAIRS, kind=args.task)
     groups = GROUPS if "all" in args.groups else args.groups
     for seed in range(args.seeds):
         for name, changes in ((n, c) for group in groups for n, c in GROUPS[group].items()):
