@@ -413,6 +413,7 @@ def parse(argv: list[str] | None) -> CommandLine:
         settings = dict(DEMO)
     elif trial:
         settings = DEMO | {"out": f"runs/{short_name(given['data'])}-tiny", "resolution": str(TINY.resolution)}
+        settings["flip"] = not given.get("directional_hints")
     elif "base" in given and plan:  # a plan needs no data
         settings = {"out": "runs/plan"}
     elif "base" in given and "data" in given:

@@ -61,7 +61,7 @@ from training.layouts import read_rows as read_rows
 from training.loading import load
 from training.order import BucketOrder, shuffled
 from training.randomness import SampleRandomness, derive_seed, digest
-from training.rows import VALUES, check_aspects, further_keys, keys_of_all
+from training.rows import RESERVED, VALUES, check_aspects, frame_keys, further_keys, keys_of_all
 
 
 # ----------------------------------------------------------------------------------------------------------- data sets
@@ -254,8 +254,7 @@ class ArrayDataset(Framed):
         return self.load_item(i)
 
     def load_item(self, i: int, target: bool = True, variant: int = 0, raw: bool = False) -> dict[str, Any]:
-        """Item i, checked and resized, with its further keys as they are; without jpg if `target` is False. Without
-        bytes to give, `raw` changes nothing.
+        """Item i, checked and resized, with its further keys; without jpg if `target` is False. `raw` has no effect.
 
         `dataset[i]` is called once, so that the parts belong together even if the data set makes random items.
         """
@@ -274,7 +273,7 @@ class ArrayDataset(Framed):
         if target:
             known["jpg"] = resize(jpg, framed[0], Image.Resampling.LANCZOS, *framed[1:]).clip(-1, 1)
         try:
-            return further_keys(item, ("jpg", "txt", "hint"), (*VALUES, Tensor)) | known
+            return frame_keys(further_keys(item, RESERVED, (*VALUES, Tensor)), framing, self.hint_resample) | known
         except DataError as e:
             raise DataError(f"item {i} of the data set: {e}") from e
 

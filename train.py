@@ -279,6 +279,7 @@ def train(
         validation = None
         if ranks.main:
             run_folder.prepare(anew=not folder)
+            run_folder.remove_later_images(trainer.step)
             metrics = Metrics(run, trainer.step, config.tensorboard)
             history, page = History(run), RunPage(run, metrics)
             with run_folder.guard("history.jsonl"):

@@ -45,12 +45,12 @@ def draw(
     """
     out = Path(request.out)
     missing = sum(p.name not in there for p in pictures)
-    encode = lru_cache(maxsize=64)(lambda prompt: _encode(loaded.model, prompt, request.negative_prompt))
+    encoded = lru_cache(maxsize=64)(lambda prompt: encode(loaded.model, prompt, request.negative_prompt))
     start = lru_cache(maxsize=8)(lambda file, size: encode_init(loaded.model, file, size))
     with tqdm(total=missing * _steps(request), desc="drawing", unit="step", disable=None) as bar:
         for batch in batches_of(pictures, request.batch_size):
             fresh = [p for p in batch if p.name not in there]
-            drawn = _draw_batch(request, loaded, batch, encode, start, bar, len(fresh)) if fresh else {}
+            drawn = _draw_batch(request, loaded, batch, encoded, start, bar, len(fresh)) if fresh else {}
             for picture in batch:
                 path = out / f"{picture.name}.png"
                 if picture in fresh:
@@ -63,7 +63,7 @@ def _steps(request: Request) -> int:
     return request.steps if request.init is None else max(1, round(request.denoise * request.steps))
 
 
-def _encode(model: ControlLDM, prompt: str, negative: str) -> tuple[Tensor, ...]:
+def encode(model: ControlLDM, prompt: str, negative: str) -> tuple[Tensor, ...]:
     """The contexts (1,77,D) of a prompt and of the negative prompt; of SDXL also their pooled vectors (1,P)."""
     if not model.config.pooled:  # both in one batch, as ever: its last bits depend on that
         return model.encode_prompts([prompt, negative]).split(1)
@@ -71,9 +71,13 @@ def _encode(model: ControlLDM, prompt: str, negative: str) -> tuple[Tensor, ...]
     return context, negative_context, pooled, negative_pooled
 
 
-def _make_y(request: Request, model: ControlLDM, size: Size, pooled: Sequence[Tensor]) -> dict[str, Tensor]:
-    """`y` and `negative_y` of pictures of `size`; nothing for a model that takes none."""
-    sizes = [*(request.original_size or size)[::-1], *request.crop[::-1], *size[::-1]]
+def make_y(
+    model: ControlLDM, pooled: Sequence[Tensor], size: Size, original: Size | None = None, crop: Size = (0, 0)
+) -> dict[str, Tensor]:
+    """`y` and `negative_y` of pictures of `size` from the pooled vectors (B,P) of both prompts; nothing for a model
+    that takes none. The model is told that a picture was cut out at `crop` (left, top) of one of the size `original`
+    (by itself `size`)."""
+    sizes = [*(original or size)[::-1], *crop[::-1], *size[::-1]]
     return {
         name: model.make_y(vector, torch.tensor([sizes], dtype=torch.float32).expand(len(vector), -1))
         for name, vector in zip(("y", "negative_y"), pooled, strict=False)
@@ -84,7 +88,7 @@ def _draw_batch(
     request: Request,
     loaded: Loaded,
     batch: Sequence[Picture],
-    encode: Callable[[str], tuple[Tensor, ...]],
+    encoded: Callable[[str], tuple[Tensor, ...]],
     start: Callable[[ImageFile, Size], Tensor],
     bar: tqdm,
     count: int,
@@ -97,7 +101,7 @@ def _draw_batch(
             bar.update(count)
 
     model, size = loaded.model, batch[0].size
-    context, negative, *pooled = (torch.cat(part) for part in zip(*(encode(p.prompt) for p in batch), strict=True))
+    context, negative, *pooled = (torch.cat(part) for part in zip(*(encoded(p.prompt) for p in batch), strict=True))
     controls = []
     for i, control in enumerate(loaded.controls):
         hints = torch.stack([read_hint(p.hints[i], control.reading, control.resample, size) for p in batch])
@@ -115,6 +119,6 @@ def _draw_batch(
     images = [(p.seed, p.number) for p in batch]
     latents = sample(
         model, context, negative, controls, size, settings, progress=progress, images=images, init=init,
-        **_make_y(request, model, size, pooled),
+        **make_y(model, pooled, size, request.original_size, request.crop),
     )  # fmt: skip
     return dict(zip((p.name for p in batch), to_uint8(model.decode(latents)), strict=True))

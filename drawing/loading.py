@@ -15,6 +15,7 @@ from drawing.request import ControlRequest, Request
 from ldm import ControlLDM, compute_dtype_for, use_tf32
 from lowvram.process import disable_malloc_trim
 from training import images
+from training.files import File
 from training.images import Reading, Size
 from weights import CheckpointError, ModelSource, load_control, load_model
 from weights.runs import is_run, load_run
@@ -109,14 +110,14 @@ def weights_digest(*modules: nn.Module, more: str = "") -> str:
 class ImageFile:
     """An image that steers pictures, as it is on the disk."""
 
-    path: Path
+    path: File
     size: Size  # (width, height) in pixels
     digest: str  # of the file's content
 
     @classmethod
-    def look_at(cls, path: str | Path) -> "ImageFile":
+    def look_at(cls, path: str | File) -> "ImageFile":
         """Size and digest of an image file. Raises DataError."""
-        path = Path(path)
+        path = Path(path) if isinstance(path, str) else path
         return cls(path, images.size_on_disk(path), data.digest(images.read_bytes(path)).hex()[:10])
 
 

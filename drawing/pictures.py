@@ -27,6 +27,7 @@ import data
 from drawing.loading import ImageFile
 from drawing.request import ControlRequest, Request
 from ldm import ModelConfig
+from training.files import File
 from training.images import DataError, Size, one_line, read_bytes
 
 CELLS = 40  # of a contact sheet
@@ -151,8 +152,8 @@ def _with_prompts(
     return [(name, prompts[i % len(prompts)][1]) for i, name in enumerate(hints)]
 
 
-def hints_in(folder: str) -> dict[str, tuple[Path, str | None]]:
-    """The hints in a folder: name -> path, and the prompt if the folder is a data set. Raises DataError."""
+def hints_in(folder: str) -> dict[str, tuple[File, str | None]]:
+    """The hints in a folder: name -> file, and the prompt if the folder is a data set. Raises DataError."""
     root = Path(folder)
     if data.is_dataset(root):
         rows = data.read_rows(root)

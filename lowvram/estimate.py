@@ -31,6 +31,7 @@ from lowvram.speed import COMMON, measure_machine, seconds
 from lowvram.tracking import Peak
 from training.cache import text_shape
 from training.distributed import Ranks
+from training.preparation import open_folder
 from training.setup import (
     loading_formats,
     select_trainable,
@@ -112,12 +113,24 @@ def model_and_size(config: Config) -> tuple[ModelConfig, tuple[int, int]]:
     if config.resolution:
         wanted = data.parse_resolution(config.resolution)
     elif config.data and not config.buckets and (Path(config.data).exists() or data.is_dataset(config.data)):
-        wanted = open_data(config).sizes(0)[1]
+        wanted = first_size(config)
     else:
         wanted = (model_config.resolution, model_config.resolution)
     size = data.fit_size(wanted, model_config.multiple)
     buckets = data.bucket_sizes(size, model_config.multiple) if config.buckets else [size]
     return model_config, max(buckets, key=lambda bucket: (bucket[0] * bucket[1], bucket == size))
+
+
+def first_size(config: Config) -> tuple[int, int]:
+    """(width, height) of the first target of the data set: of the first that can be used, if others may be skipped."""
+    dataset = open_folder(config)
+    for i in range(len(dataset)):
+        try:
+            return dataset.sizes(i)[1]
+        except data.DataError:
+            if not config.skip_bad_rows:
+                raise
+    raise data.DataError(f"{config.data}: none of its rows can be used; {dataset.check_command} tells why")
 
 
 def gpu_memory(device: str) -> int:
@@ -310,17 +323,10 @@ def cpu_memory(config: Config, model_config: ModelConfig) -> int:
     return max(training, loading, copying)
 
 
-def open_data(config: Config) -> data.FolderDataset:
-    """The data set that `config.data` names."""
-    return data.FolderDataset(
-        config.data, None, config.hint_channels, config.hint_resample, columns=config.columns, hints=config.hints
-    )
-
-
 def cache_size(config: Config, model_config: ModelConfig, size: tuple[int, int]) -> tuple[int, int]:
     """Bytes on disk of the latents and of the contexts of the data set, at most: equal images are cached once, and few
     are as large as `size` if there are buckets."""
-    dataset = open_data(config)
+    dataset = open_folder(config)
     moments = size[0] * size[1] // model_config.vae_factor**2 * 2 * model_config.vae.z_channels
     prompts = len({dataset.prompt(i) for i in range(len(dataset))} | {""})
     width = PRECISIONS[config.precision].itemsize

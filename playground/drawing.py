@@ -5,6 +5,7 @@ then, so that one sees what is coming. Decoding takes time that the picture wait
 """
 
 import base64
+import dataclasses
 import io
 import shlex
 import time
@@ -18,6 +19,7 @@ from torch import Tensor
 
 import data
 from config import default_device
+from drawing.draw import encode, make_y
 from playground.hints import read_hint
 from playground.jobs import Event
 from playground.model import LoadedModel
@@ -45,7 +47,8 @@ def prepare(loaded: LoadedModel, drawing: Drawing) -> Order:
     hints = []
     for choice in drawing.controls:
         offered = loaded.controls[choice.net]
-        hints.append(read_hint(choice.hint, offered.reading, offered.resample, drawing.size))
+        reading = dataclasses.replace(offered.reading, scale=0.0) if offered.drawable else offered.reading
+        hints.append(read_hint(choice.hint, reading, offered.resample, drawing.size))
     return Order(drawing, tuple(hints))
 
 
@@ -67,7 +70,8 @@ def strengths_of(drawing: Drawing, strength: float | None) -> list[float]:
 def draw(loaded: LoadedModel, order: Order, show: Show) -> None:
     """Draw all pictures of an order, and show each step and each picture. What `show` raises ends the drawing."""
     model, drawing = loaded.model, order.drawing
-    context, negative = model.encode_prompts([drawing.prompt, drawing.negative]).split(1)
+    context, negative, *pooled = encode(model, drawing.prompt, drawing.negative)
+    vectors = make_y(model, pooled, drawing.size)
     settings = Sampling(
         drawing.steps, drawing.solver, scale=drawing.scale, seed=drawing.seed, spacing=drawing.spacing
     )  # fmt: skip
@@ -81,7 +85,9 @@ def draw(loaded: LoadedModel, order: Order, show: Show) -> None:
             Control(loaded.controls[choice.net].net, hint, strengths[k], choice.start, choice.end, choice.guess_mode)
             for k, (choice, hint) in enumerate(zip(drawing.controls, hints, strict=True))
         ]
-        latents = sample(model, context, negative, controls, drawing.size, settings, number, on_step=progress.step)
+        latents = sample(
+            model, context, negative, controls, drawing.size, settings, number, on_step=progress.step, **vectors
+        )
         (image,) = to_uint8(model.decode(latents))
         show(
             {
@@ -176,10 +182,12 @@ def command_line(loaded: LoadedModel, drawing: Drawing, number: int, strengths: 
 
 def control_flags(loaded: LoadedModel, choice: ControlChoice, place: int, strength: float, own: str) -> list[str]:
     """The flags for the ControlNet at a `place` of a drawing. `own`: the ControlNet that needs no --control."""
-    path, channels = loaded.controls[choice.net].path, loaded.controls[choice.net].net.hint_channels
-    hint = ("hint" if place == 0 else f"hint-{place + 1}") + (".png" if channels in MODES else ".npy")
-    words = flag("control", path, unless=own)
-    words += [*flag("hint", hint), *flag("strength", strength, unless=None)]
+    offered = loaded.controls[choice.net]
+    ending = ".png" if offered.net.hint_channels in MODES else ".npy"
+    words = flag("control", offered.path, unless=own)
+    words += flag("hint", ("hint" if place == 0 else f"hint-{place + 1}") + ending)
+    words += ["--hint-scale", "0"] if offered.drawable and offered.reading.scale else []
+    words += flag("strength", strength, unless=None)
     words += [*flag("control-start", choice.start, unless=0.0), *flag("control-end", choice.end, unless=1.0)]
     return words + ["--guess-mode"] * choice.guess_mode
 

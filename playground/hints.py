@@ -133,7 +133,8 @@ class ValidationHints:
                 folder, data.parse_resolution(settings["resolution"]) if settings.get("resolution") else None,
                 settings.get("hint_channels", 3), settings.get("hint_resample", "area"), False,
                 settings.get("hint_ground", "auto"), settings.get("hint_scale", 0.0),
-                settings.get("follow_links", False), MAX_PIXELS / 1e6,
+                settings.get("follow_links", False), MAX_PIXELS / 1e6, settings.get("columns", ""),
+                settings.get("hints", ""),
             )  # fmt: skip
             numbers = held_out(len(self.dataset), settings.get("validation", 8))
             self.numbers = [i for i in numbers if i >= 0 and self.dataset.rows[i].readable][:MAX_SHOWN]

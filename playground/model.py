@@ -35,8 +35,14 @@ class OfferedControl:
 
     path: str
     net: ControlNet
-    reading: Reading
+    reading: Reading  # of files
     resample: str
+
+    @property
+    def drawable(self) -> bool:
+        """Whether its hints can be drawn in a browser, which then sends what is drawn: 0 to 255, whatever the scale of
+        the files is. Other hints come as the files that they are."""
+        return self.net.hint_channels in DRAWABLE
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,7 @@ class LoadedModel:
     def describe(self) -> dict[str, Any]:
         """What the page needs to know, as JSON has it."""
         prompts = [{"number": i, "prompt": self.hints.prompt(i)} for i in self.hints.numbers]
-        channels = self.controls[0].net.hint_channels if self.controls else 0
-        offered = prompts if channels in DRAWABLE else []
+        offered = prompts if self.controls and self.controls[0].drawable else []
         return {
             "name": self.choices.model,
             "kind": self.model.config.name,
@@ -68,7 +73,7 @@ class LoadedModel:
                 {
                     "name": control.path,
                     "channels": control.net.hint_channels,
-                    "drawable": control.net.hint_channels in DRAWABLE,
+                    "drawable": control.drawable,
                 }
                 for control in self.controls
             ],
@@ -94,6 +99,7 @@ def load(choices: Choices) -> LoadedModel:
     dtype = compute_dtype_for(choices.precision, choices.device)
     for module in (model, *(net for _, net in nets)):
         module.to(choices.device, dtype)
+    model.vae.to(model.config.vae_dtype(dtype))
     size = data.parse_resolution(run.get("resolution") or str(model.config.resolution))
     controls = tuple(_offered(path, net) for path, net in nets)
     size = data.fit_size(size, model.config.multiple)

@@ -229,7 +229,8 @@ def test_samples_carry_bytes_which_become_the_data_sets_numbers(base, folder, mo
     monkeypatch.setattr(model, "encode_images", lambda few: images.append(few) or encode(few))
     batch = next(data.batches(samples, 0, 5, 5))
     assert batch["hint"].dtype == batch["target"].dtype == torch.uint8
-    prepared = cache.prepare_batch(model, dict(batch), "cpu", 2)
+    prepared = cache.prepare_batch(model, batch | {"other_hint": batch["hint"].flip(0)}, "cpu", 2)
+    assert torch.equal(prepared["other_hint"], prepared["hint"].flip(0))  # of validation
     variants = [data.derive_seed("variant", 0, n) % dataset.variants for n in range(5)]
     items = [dataset.load_item(samples.index(n), variant=variants[n]) for n in range(5)]
     assert torch.equal(prepared["hint"], torch.stack([data.to_tensor(item["hint"]) for item in items]))

@@ -11,6 +11,7 @@ from PIL import Image
 import data
 from data import ArrayDataset, DataError, FolderDataset
 from toy import circles
+from training.buckets import Framings
 
 
 def picture(path, width, height, value=128):
@@ -270,6 +271,34 @@ def test_further_keys_of_an_item_reach_the_batch(two_rows):
         samples = data.Samples(ArrayDataset(Own(), (8, 8)), range(2), 0, (4, 1, 1), encodings=encodings)
         batch = next(data.batches(samples, 0, 2, 2))
         assert batch.keys() == own | {"depth"} and batch["depth"].tolist() == [[samples.index(n)] * 2 for n in range(2)]
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_further_images_of_an_item_are_framed_as_its_hint_is(flipped):
+    """A second condition that stays as it was while hint and target are mirrored or cut trains on other pixels."""
+    rng, (h, w) = np.random.default_rng(0), (24, 40)
+    hint = rng.random((h, w, 3), dtype=np.float32)
+    keys = {
+        "last": hint, "first": torch.from_numpy(hint).permute(2, 0, 1), "half": torch.from_numpy(hint).bfloat16(),
+        "flat": hint[..., 0], "bytes": (hint * 255).astype(np.uint8), "classes": rng.integers(0, 5, (h, w)),
+        "mask": torch.from_numpy(hint[..., 0] > 0.5), "vector": np.arange(4.0), "square": np.eye(4), "number": 3,
+        "y": np.zeros(3), "context": np.zeros(3),
+    }  # fmt: skip
+    for size in ((40, 24), (20, 12), (16, 16)):
+        dataset = ArrayDataset([dict(jpg=2 * hint - 1, txt="p", hint=hint, **keys)], size)
+        dataset.framings = Framings([size], None, np.array([(w, h)]), flip=True)
+        item = dataset.load_item(0, variant=int(flipped))
+        expected = item["hint"]
+        assert np.array_equal(item["last"], expected) and np.array_equal(item["flat"], expected[..., 0])
+        assert torch.equal(item["first"], torch.from_numpy(expected.transpose(2, 0, 1).copy()))
+        assert item["half"].dtype == torch.bfloat16 and np.allclose(item["half"].float(), expected, atol=0.01)
+        assert item["bytes"].dtype == np.uint8 and np.allclose(item["bytes"] / 255, expected, atol=0.01)
+        assert item["classes"].dtype == np.int64 and set(np.unique(item["classes"])) <= set(range(5))
+        assert item["mask"].dtype == torch.bool and item["mask"].shape == expected.shape[:2]
+        assert item["vector"].shape == (4,) and item["square"].shape == (4, 4) and item["number"] == 3
+        assert "y" not in item and "context" not in item  # names of what the loop puts into a batch are not free
+    whole = [ArrayDataset([dict(jpg=hint, txt="p", hint=hint, **keys)], size)[0] for size in ((40, 24), (20, 12))]
+    assert whole[0]["classes"] is keys["classes"] and whole[1]["classes"].shape == (12, 20)
 
 
 def test_a_layout_is_a_row_of_a_table(two_rows, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shlex
+import tarfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -296,6 +297,24 @@ def test_a_data_set_gives_hints_and_prompts(files, tmp_path):
         assert read_parameters(tmp_path / f"{i}-0.png").splitlines()[0] == row["prompt"]
     texts = [read_parameters(tmp_path / f"0-{k}.png") for k in range(2)]
     assert "Image number: 1" in texts[1] and texts[0] == texts[1].replace("Image number: 1, ", "")
+
+
+def test_a_tar_archive_gives_hints_and_prompts(files, tmp_path):
+    """Those of a WebDataset lie in the archive, and are drawn as those of files are."""
+    rows = [json.loads(line) for line in (files / "data" / "prompt.json").read_text().splitlines()]
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for i, row in enumerate(rows):
+            (tmp_path / "prompt.txt").write_text(row["prompt"])
+            archive.add(files / "data" / row["target"], f"{i}.png")
+            archive.add(files / "data" / row["source"], f"{i}.hint.png")
+            archive.add(tmp_path / "prompt.txt", f"{i}.txt")
+    for hints in (tmp_path / "a.tar", files / "data"):
+        sampler.main(flags(files, tmp_path / "out", "--hints", str(hints), "--num", "1"))
+    for i in range(len(rows)):
+        drawn = [np.asarray(Image.open(tmp_path / f"out/{name}.png")) for name in (f"{i}.hint", str(i))]
+        assert np.array_equal(*drawn)
+    text = read_parameters(tmp_path / "out/1.hint.png")
+    assert text.splitlines()[0] == rows[1]["prompt"] and "1.hint.png [" in text
 
 
 def rows_of(files: Path, *more: str) -> list[tuple]:

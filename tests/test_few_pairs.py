@@ -7,7 +7,7 @@ import pytest
 
 import config as config_module
 import train
-from config import DEMO, Config, ConfigError, parse
+from config import DEMO, Config, ConfigError, parse, resolve, validate
 from ldm import MODELS, TINY
 from lowvram.estimate import model_and_size
 from tests.test_buckets import write_pairs
@@ -23,6 +23,9 @@ def test_data_alone_is_tried_on_the_tiny_base(folder, tmp_path, monkeypatch, cap
     changed = parse(["--data", str(folder), "--steps", "7", "--resolution", "64", "--out", "x", "--flip"])
     assert (changed.config.steps, changed.config.resolution, changed.config.out) == (7, "64", "x")
     assert parse(["--plan", "--data", str(folder)]).plan and model_and_size(command.config) == (TINY, (128, 128))
+    directional = parse(["--data", str(folder), "--directional-hints"]).config  # --flip was not asked for
+    validate(resolve(directional, "exact"))
+    assert not directional.flip and command.config.flip
     assert not parse([]).trial and not parse(["--base", "b", "--data", "d"]).trial
     with pytest.raises(ConfigError, match="give both --base .* and --data .*; --data alone tries the data on the tiny"):
         parse(["--base", "b"])

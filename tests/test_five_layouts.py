@@ -179,3 +179,25 @@ def test_the_plan_reads_every_layout(five, base):
         config = resolve(Config(base=str(base), device="cpu", **five[kind]), "fast")
         model_config, size = estimate.model_and_size(config)
         assert size == (32, 32) and estimate.cache_size(config, model_config, size)[0] == COUNT * 4 * 4 * 8 * 4
+
+
+def test_the_plan_and_the_choice_of_a_preset_skip_what_training_skips(five, base, tmp_path):
+    """A GPU's preset is chosen before the data set is verified: bad rows and links that are allowed must not end it."""
+    root = tmp_path / "data"
+    shutil.copytree(five["Fill50K"]["data"], root)
+    lines = (root / "prompt.json").read_text().splitlines()
+    (root / json.loads(lines[1])["target"]).write_bytes(b"no picture")
+    moved = tmp_path / "elsewhere.png"
+    (root / json.loads(lines[2])["target"]).rename(moved)
+    (root / json.loads(lines[2])["target"]).symlink_to(moved)
+    (root / "prompt.json").write_text("\n".join(["{", *lines[1:]]) + "\n")
+    config = resolve(Config(base=str(base), data=str(root), device="cpu", cache_dir=str(tmp_path / "c")), "exact")
+    skipping = dataclasses.replace(config, skip_bad_rows=True)
+    assert estimate.model_and_size(skipping)[1] == (32, 32)
+    assert estimate.first_size(dataclasses.replace(skipping, follow_links=True)) == (32, 32)
+    assert estimate.cache_size(skipping, *estimate.model_and_size(skipping)) > (0, 0)
+    with pytest.raises(data.DataError, match="prompt.json, line 1"):
+        estimate.model_and_size(config)
+    (root / "prompt.json").write_text("{\n")
+    with pytest.raises(data.DataError, match="none of its rows can be used; python data.py check"):
+        estimate.first_size(skipping)

@@ -11,7 +11,9 @@ import torch
 
 import data
 import train
+from config import ConfigError
 from tests.test_train import config, losses, weights  # noqa: F401 (config is a fixture)
+from training.distributed import Ranks
 from training.records import read_metrics
 from weights import ModelSource, load_model
 from weights.runs import newest_checkpoint
@@ -41,6 +43,13 @@ def test_ranks_take_turns_at_the_batches(monkeypatch):
 
     both = [[b.tolist() for b in data.batches(Numbers(), 6, 18, 2, rank=r, ranks=2)] for r in (0, 1)]
     assert both == [[[6, 7], [10, 11], [14, 15]], [[8, 9], [12, 13], [16, 17]]]
+
+
+def test_more_ranks_than_gpus_are_told(monkeypatch):
+    for name, value in {"WORLD_SIZE": "65", "RANK": "64", "LOCAL_RANK": "64"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="there is no cuda:64: torchrun's --nproc-per-node can be up to"):
+        Ranks("cuda")
 
 
 def test_two_ranks_equal_one_and_a_run_goes_on_with_another_number(config, tmp_path):  # noqa: F811

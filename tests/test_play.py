@@ -19,14 +19,18 @@ import pytest
 import torch
 from PIL import Image
 
+import drawing.draw as drawing_draw
 import play
 import playground.routes
 import sampler
+import train
 from ldm import TINY
 from playground.hints import RequestError, ValidationHints, read_hint
 from playground.jobs import Cancelled, Job, Line
 from playground.model import Choices, load
+from tests.conftest import settings
 from tests.playing import Page, circle, control, draw_request, drawing, npy, png, wait_until
+from toy import circles
 from training.annotators import ANNOTATORS, annotate
 from training.images import Reading
 from weights import CheckpointError, ModelSource, load_model
@@ -204,6 +208,48 @@ def test_hints_of_other_channels_are_files(base, tmp_path):
         assert events[-1] == {"event": "done"} and "hint.npy" in events[-2]["command"]
     finally:
         page.close()
+
+
+def test_hints_of_a_scale_are_scaled_once(base, tmp_path, monkeypatch, capsys):
+    """What a run saves, and what the page draws with, are 0 to 255 already: read once more as files of the run are,
+    depth of up to 8000 would become black, and class numbers of up to 20 an error."""
+    circles.make(tmp_path / "data", 24, 32, seed=3)
+    for path in (tmp_path / "data/source").iterdir():
+        gray = np.asarray(Image.open(path).convert("L"))
+        Image.fromarray(gray.astype(np.uint16) * 20).save(path)  # at most 5100
+    run = train.train(settings(base, tmp_path / "data", tmp_path / "run", hint_channels=1, hint_scale=5100.0, steps=1))
+    words = shlex.split(capsys.readouterr().out.split("draw:")[1].splitlines()[0])
+    sampler_words = [*words[words.index("sampler.py") + 1 :], "--steps", "2", "--num", "1"]
+    seen, real = [], drawing_draw.read_hint
+    monkeypatch.setattr(drawing_draw, "read_hint", lambda *a: seen.append(real(*a)) or seen[-1])
+    sampler.main([*sampler_words, "--out", str(tmp_path / "out")])
+    assert seen[0].max() == 1 and seen[0].mean() > 0.02
+    page = Page(load(Choices(str(run))))
+    monkeypatch.chdir(tmp_path)
+    try:
+        hint = page.ask("GET", "/api/hint?number=23")[1]
+        assert np.asarray(Image.open(io.BytesIO(hint))).max() == 255
+        file = (tmp_path / "data/source/23.png").read_bytes()
+        assert page.ask("POST", "/api/hint?net=0&size=32", file, Content_Type="application/octet-stream")[1] == hint
+        picture = page.post(drawing(controls=[control(hint)], size="32", steps=2))[1][-2]
+    finally:
+        page.close()
+    Path("hint.png").write_bytes(hint)
+    sampler.main([*shlex.split(picture["command"])[2:], "--out", "out"])
+    assert torch.equal(seen[-1][0] * 255, torch.tensor(np.asarray(Image.open(io.BytesIO(hint)))).float())
+    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture["image"].split(",")[1]))))
+    assert np.array_equal(image, np.asarray(Image.open(sorted(Path("out").glob("0*.png"))[-1])))
+
+
+def test_a_run_on_two_folders_offers_its_hints(base, tmp_path):
+    circles.make(tmp_path / "data", 24, 32, seed=3)
+    for i in range(24):
+        (tmp_path / f"data/target/{i}.txt").write_text("a circle")
+    run = train.train(
+        settings(base, tmp_path / "data/target", tmp_path / "run", hints=str(tmp_path / "data/source"), steps=1)
+    )
+    hints = ValidationHints(json.loads((run / "config.json").read_text()))
+    assert hints.numbers == [22, 23] and not hints.note and hints.read(22).shape == (32, 32, 3)
 
 
 # ------------------------------------------------------------------------------------------------------------- the line

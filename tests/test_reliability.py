@@ -46,6 +46,7 @@ def resume(run, *more: str):
         OSError(errno.EIO, "Input/output error"),
         data.DataError("row 3 is gone"),
         RuntimeError("two\nlines"),
+        RuntimeError("a name with half of a character: \udcff"),
         KeyError("k"),
     ],
 )
@@ -244,6 +245,20 @@ def test_resume_from_an_older_checkpoint_sets_later_ones_aside(config, capsys): 
     assert steps_of(run) == [1, 2, 3, 4] and equal(weights(run), whole)
     assert sorted(p.name for p in (run / "set_aside").iterdir()) == ["step-000003", "step-000004"]
     assert [entry["step"] for entry in read_metrics(run)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("steps", ["3", "4"])
+def test_the_image_log_of_a_resumed_run_is_its_own(config, steps):  # noqa: F811
+    """Pictures of steps that another continuation had made are of other weights."""
+    config.checkpoint_freq, config.logger_freq, config.keep_checkpoints = 1, 1, 0
+    run = train.train(config)
+    grid = lambda step: run / f"image_log/step-{step:06d}.png"
+    before = {step: grid(step).read_bytes() for step in range(5)}
+    (run / "image_log/step-by-step.png").write_bytes(b"of the user")
+    resume(run / "checkpoints/step-000002", "--learning-rate", "0.1", "--steps", steps)
+    assert all(grid(step).read_bytes() == before[step] for step in range(3))
+    assert grid(3).read_bytes() != before[3] and grid(4).exists() == (steps == "4")
+    assert (run / "image_log/step-by-step.png").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------- restarts

@@ -1,15 +1,24 @@
 """Training on SDXL: two contexts, a pooled vector and the sizes reach the loss, cached or not, stopped or not."""
 
+import base64
 import dataclasses
+import io
+import shlex
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
+import playground.model
+import sampler
 import train
 from config import Config, resolve
 from ldm import TINY, ControlLDM
+from playground.model import Choices, load
+from tests.playing import Page, drawing
 from tests.test_train import equal, losses, weights
 from training.cache import build_cache, prepare_batch
 from training.preparation import build_samples
@@ -100,6 +109,24 @@ def test_the_label_embedding_trains_and_is_saved(config):
     assert not torch.equal(trained[f"control_model.{key}"], base[f"model.diffusion_model.{key}"])
     model = load_model(run)
     assert torch.equal(model.control_model.state_dict()[key], trained[f"control_model.{key}"])
+
+
+def test_the_page_draws_what_its_command_draws(sdxl, tmp_path, monkeypatch):
+    """With sizes and pooled vectors, zeros for an empty negative prompt, and the VAE in fp32 beside fp16."""
+    page = Page(load(Choices(str(sdxl), precision="bf16")))
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert page.routes.loaded.model.unet.dtype == torch.bfloat16
+        for negative in ("", "blue"):
+            picture = page.post(drawing(negative=negative, steps=2))[1][-2]
+            sampler.main([*shlex.split(picture["command"])[2:], "--out", f"out{negative}"])
+            image = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture["image"].split(",")[1]))))
+            assert np.array_equal(image, np.asarray(Image.open(f"out{negative}/0000.png")))
+    finally:
+        page.close()
+    monkeypatch.setattr(playground.model, "compute_dtype_for", lambda precision, device: torch.float16)  # of a GPU
+    half = load(Choices(str(sdxl), precision="fp16")).model
+    assert half.unet.dtype == torch.float16 and half.vae.quant_conv.weight.dtype == torch.float32
 
 
 def test_latents_that_overflow_are_refused(config, sdxl, folder, monkeypatch):

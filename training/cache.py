@@ -379,17 +379,19 @@ def prepare_batch(model: ControlLDM, batch: dict[str, Any], device: str, encode_
     """Turn a batch of samples (`data.Samples`) into the batch that the loss takes, on `device`.
 
     latents (B,4,h,w), scaled, sampled from the posterior with the batch's posterior_noise; context (B,77,D); hint
-    (B,C,H,W); timesteps (B,); noise (B,4,h,w); for SDXL y (B,2816), from pooled and sizes; every further tensor of the
-    batch. Moments and contexts come from the batch if it has them; otherwise targets (`encode_batch_size` at a time)
-    and prompts are encoded here. Bytes become floats here, since the way to the GPU is shorter for a quarter of them.
+    (B,C,H,W) and, where validation has one, other_hint; timesteps (B,); noise (B,4,h,w); for SDXL y (B,2816), from
+    pooled and sizes; every further tensor of the batch. Moments and contexts come from the batch if it has them;
+    otherwise targets (`encode_batch_size` at a time) and prompts are encoded here. Bytes become floats here, since the
+    way to the GPU is shorter for a quarter of them.
     """
     tensors = {
         name: value.to(device, torch.float32 if value.dtype == torch.float64 else value.dtype, non_blocking=True)
         for name, value in batch.items()
         if isinstance(value, Tensor)
     }
-    if tensors["hint"].dtype == torch.uint8:
-        tensors["hint"] = tensors["hint"].float() / 255
+    for name in ("hint", "other_hint"):
+        if name in tensors and tensors[name].dtype == torch.uint8:
+            tensors[name] = tensors[name].float() / 255
     if "moments" in tensors:
         moments = tensors.pop("moments")
     else:

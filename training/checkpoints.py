@@ -182,9 +182,9 @@ def checkpoint_on_error(run_folder: RunFolder, trainer: Trainer, save: Callable[
     try:
         yield
     except Exception as e:
-        run = run_folder.path
+        run, trace = run_folder.path, traceback.format_exc()
         with run_folder.guard("error.txt"):
-            write_atomically(run / "error.txt", lambda path: path.write_text(traceback.format_exc()))
+            write_atomically(run / "error.txt", lambda path: path.write_bytes(trace.encode(errors="backslashreplace")))
         zero_grad(trainer)
         newest = max(map(step_of, list_checkpoints(run)), default=0)
         if trainer.between_steps and trainer.step > newest:

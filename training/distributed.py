@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from config import world_size
+from config import ConfigError, world_size
 
 BUCKET = 1 << 24  # the largest number of gradient values that are summed at once
 
@@ -35,7 +35,9 @@ class Ranks:
         reports its errors."""
         self.count, self.rank, self.device = world_size(), int(os.environ.get("RANK", 0)), device
         if device == "cuda" and self.count > 1:
-            self.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            self.device, gpus = f"cuda:{os.environ['LOCAL_RANK']}", torch.cuda.device_count()
+            if int(os.environ["LOCAL_RANK"]) >= gpus:
+                raise ConfigError(f"there is no {self.device}: torchrun's --nproc-per-node can be up to {gpus} here")
         if self.device.startswith("cuda:"):
             torch.cuda.set_device(self.device)
         if self.count == 1:

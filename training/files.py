@@ -50,6 +50,10 @@ class Member:
         return PurePosixPath(self.inner).name
 
     @property
+    def stem(self) -> str:
+        return PurePosixPath(self.inner).stem
+
+    @property
     def suffix(self) -> str:
         return PurePosixPath(self.inner).suffix
 

@@ -29,6 +29,14 @@ from training.validation import held_out
 from training.verify import remarks, resized_hints, verified
 
 
+def open_folder(config: Config) -> data.FolderDataset:
+    """The data set on disk that `config.data` names, with nothing verified yet; rows that cannot be used are in it."""
+    return data.FolderDataset(
+        config.data, None, config.hint_channels, config.hint_resample, False, config.hint_ground, config.hint_scale,
+        config.follow_links, config.max_megapixels, config.columns, config.hints, Path(config.cache_dir) / "shards",
+    )  # fmt: skip
+
+
 def open_dataset(config: Config, dataset: Sequence | None, run: Path) -> data.FolderDataset | Sequence:
     """The data set of the caller, or the one that `config.data` names, with every file verified. DataError for one with
     bad rows, unless they are to be skipped."""
@@ -36,11 +44,7 @@ def open_dataset(config: Config, dataset: Sequence | None, run: Path) -> data.Fo
         return dataset
     if not config.data:
         raise data.DataError(f"{run} was trained on a data set of your own: train.train(config, dataset, resume=run)")
-    folder = data.FolderDataset(
-        config.data, None, config.hint_channels, config.hint_resample, False, config.hint_ground, config.hint_scale,
-        config.follow_links, config.max_megapixels, config.columns, config.hints, Path(config.cache_dir) / "shards",
-    )  # fmt: skip
-    folder = verified(folder, config.cache_dir, config.skip_bad_rows)
+    folder = verified(open_folder(config), config.cache_dir, config.skip_bad_rows)
     print(folder)
     config.hint_ground = folder.hint_ground  # a resumed run, and drawing, keep to what was chosen
     return folder

@@ -51,6 +51,14 @@ class RunFolder:
             _remove(leftover)
         self.save_config()
 
+    def remove_later_images(self, step: int) -> None:
+        """Remove the pictures of the image log that are later than `step`, with which the run goes on: its settings may
+        be others now."""
+        for path in self.path.glob("image_log/step-*.png"):
+            number = path.stem.removeprefix("step-")
+            if number.isdecimal() and int(number) > step:
+                _remove(path)
+
     def save_config(self) -> None:
         save_json(self.path / "config.json", dataclasses.asdict(self.config) | {"device": self.device})
 

@@ -9,7 +9,7 @@ import data
 from config import Config
 from training.records import Metrics, sudden_convergence, turned_at
 from training.setup import Trainer
-from weights.runs import list_checkpoints, newest_checkpoint, step_of
+from weights.runs import list_checkpoints, load_run, newest_checkpoint, step_of
 
 FEW = 1000  # samples, of which a network learns each by heart sooner than what they have in common
 # When the hint begins to be obeyed, by the first word of a model's name; the figures for Stable Diffusion are those of
@@ -85,6 +85,7 @@ def report(
         return
     hint = data.save_hint(run / "hint", samples.dataset.hint(item))
     draw = [python, "sampler.py", "--model", str(run), "--hint", str(hint)]
+    draw += ["--hint-scale", "0"] if load_run(run).get("hint_scale") else []  # what was saved is scaled already
     draw += ["--prompt", samples.dataset.prompt(item), "--out", f"samples/{run.name}"]
     print(
         f"page:      {run / 'report.html'}\n"
