@@ -42,7 +42,7 @@ from torch.utils.data import default_collate
 
 from lowvram.process import disable_malloc_trim
 from training import images, inspection, layouts, photos, verify
-from training.buckets import Framed, bucket_sizes, choose_size
+from training.buckets import Framed, bucket_sizes, choose_size, frame_keys
 from training.buckets import fit_size as fit_size
 from training.buckets import parse_resolution as parse_resolution
 from training.files import MAX_MEGAPIXELS, DataError, File, read_bytes
@@ -61,7 +61,7 @@ from training.layouts import read_rows as read_rows
 from training.loading import load
 from training.order import BucketOrder, shuffled
 from training.randomness import SampleRandomness, derive_seed, digest
-from training.rows import RESERVED, VALUES, check_aspects, frame_keys, further_keys, keys_of_all
+from training.rows import RESERVED, VALUES, check_aspects, further_keys, keys_of_all
 
 
 # ----------------------------------------------------------------------------------------------------------- data sets

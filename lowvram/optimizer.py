@@ -15,7 +15,8 @@ right.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +95,26 @@ def round_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
 
 
-class AdamW(torch.optim.Optimizer):
+class QuickStart(torch.optim.Optimizer):
+    """Base class of optimizers that leave out PyTorch's wrapper of a method, which would import what `torch.compile`
+    needs (3 s at each start) to tell it to leave the method alone. The optimizer is never compiled here."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
+
+
+class FusedAdamW(QuickStart, torch.optim.AdamW):
+    """PyTorch's fused AdamW: weights and moments in float32."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float):
+        super().__init__(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        inspect.unwrap(torch.optim.AdamW.step)(self)
+
+
+class AdamW(QuickStart):
     """PyTorch's AdamW on moments that are kept in fewer bits.
 
     named: parameters by name. Those in bfloat16 are rounded stochastically; gradients may have any precision.

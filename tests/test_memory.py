@@ -19,6 +19,7 @@ from lowvram.optimizer import (
     EXP_AVG,
     EXP_AVG_SQ,
     AdamW,
+    FusedAdamW,
     convert_state,
     dequantize,
     load_moment,
@@ -122,6 +123,8 @@ def descend(optimizer_of, dtype=torch.float32, steps=300) -> tuple[torch.Tensor,
 @pytest.mark.parametrize("bits", [8, 16])
 def test_adamw_equals_that_of_torch_and_fewer_bits_come_as_near(bits):
     torchs = descend(lambda named: torch.optim.AdamW(named.values(), lr=0.02, weight_decay=0.1))
+    fused = descend(lambda named: FusedAdamW(named.values(), 0.02, 0.1))
+    assert torch.allclose(torchs[0], fused[0], atol=1e-6)
     error = lambda result: (result[0] - result[1]).square().mean().sqrt().item()
     same = descend(lambda named: AdamW(named, 0.02, 0.1, bits=32))
     assert torch.allclose(torchs[0], same[0], atol=1e-5)

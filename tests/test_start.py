@@ -59,6 +59,23 @@ def test_loading_a_model_imports_no_compiler():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "False\n"
 
 
+@pytest.mark.parametrize("change", [{}, {"optimizer": "adamw"}])
+def test_a_step_imports_no_compiler(change):
+    """PyTorch's optimizers import it at their first step, which takes three seconds at every start."""
+    code = (
+        "import sys, torch, weights; from config import *; from training.setup import build_trainer\n"
+        f"config = resolve(Config(**DEMO | {change} | dict(device='cpu')), 'exact')\n"
+        "trainer = build_trainer(config, weights.load_model(weights.ModelSource(TINY_BASE, attach=True)))\n"
+        "for p in trainer.home.masters.values(): p.grad = torch.ones_like(p)\n"
+        "before = [p.clone() for p in trainer.home.masters.values()]\n"
+        "trainer.optimizer.step()\n"
+        "print(any(torch.equal(p, q) for p, q in zip(before, trainer.home.masters.values())))\n"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False\nFalse\n", done.stderr
+
+
 def test_names_that_the_flags_repeat():
     """The flags know number formats and solvers without importing what computes with them."""
     assert tuple(PRECISIONS) == config.PRECISIONS

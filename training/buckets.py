@@ -17,12 +17,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from training.images import DataError, Framing, Size, fraction_cut
+from training.images import RESAMPLE, DataError, Framing, Size, fraction_cut, resize
 from training.randomness import derive_seed
 
 LONGEST = 4  # the largest aspect ratio of a bucket
@@ -174,3 +175,26 @@ class Framed:
     def told_sizes(self, framing: Framing) -> dict[str, Tensor]:
         """`sizes` of an item that is framed so, if the items of this data set have that."""
         return {"sizes": torch.tensor(framing.numbers, dtype=torch.float32)} if self.framings else {}
+
+
+def frame_keys(extra: dict[str, Any], framing: Framing, resample: str) -> dict[str, Any]:
+    """Further keys of an item. Arrays and tensors of the target's height and width, (H,W), (H,W,C) or (C,H,W), are
+    scaled, cut and flipped as its hint is; other values stay as they are. `resample`: a name in RESAMPLE."""
+    moved = framing.native != framing.size or framing.flipped
+    return {name: _frame(value, framing, resample) if moved else value for name, value in extra.items()}
+
+
+def _frame(value: Any, framing: Framing, resample: str) -> Any:
+    shape, size = np.shape(value), framing.native[::-1]
+    axes = (0, 1) if shape[:2] == size and len(shape) in (2, 3) else (1, 2) if shape[1:] == size else None
+    if axes is None:
+        return value
+    if isinstance(value, torch.Tensor):
+        array = value.float() if value.is_floating_point() else value
+        return torch.from_numpy(_frame(array.numpy(), framing, resample)).to(value.dtype)
+    planes = np.moveaxis(value, axes, (0, 1)).reshape(*size, -1)
+    if value.dtype != np.uint8:
+        resample = resample if value.dtype.kind == "f" else "nearest"  # numbers of classes are not mixed
+        planes = planes.astype(np.float32)
+    planes = resize(planes, framing.size, RESAMPLE[resample], framing.position, framing.flipped).astype(value.dtype)
+    return np.moveaxis(planes if len(shape) == 3 else planes[..., 0], (0, 1), axes).copy()

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from training.files import DataError, File, one_line
-from training.images import RESAMPLE, Framing, Size, resize, same_aspect
+from training.images import Size, same_aspect
 
 EMPTY = "the prompt is empty"
 ROLES = ("target", "hint", "prompt")
@@ -109,29 +108,6 @@ def further_keys(item: dict[str, Any], known: Collection[str], kinds: tuple[type
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise DataError(f"{one_line(name)} is a whole number beyond 64 bits")
     return extra
-
-
-def frame_keys(extra: dict[str, Any], framing: Framing, resample: str) -> dict[str, Any]:
-    """Further keys of an item. Arrays and tensors of the target's height and width, (H,W), (H,W,C) or (C,H,W), are
-    scaled, cut and flipped as its hint is; other values stay as they are. `resample`: a name in RESAMPLE."""
-    moved = framing.native != framing.size or framing.flipped
-    return {name: _frame(value, framing, resample) if moved else value for name, value in extra.items()}
-
-
-def _frame(value: Any, framing: Framing, resample: str) -> Any:
-    shape, size = np.shape(value), framing.native[::-1]
-    axes = (0, 1) if shape[:2] == size and len(shape) in (2, 3) else (1, 2) if shape[1:] == size else None
-    if axes is None:
-        return value
-    if isinstance(value, torch.Tensor):
-        array = value.float() if value.is_floating_point() else value
-        return torch.from_numpy(_frame(array.numpy(), framing, resample)).to(value.dtype)
-    planes = np.moveaxis(value, axes, (0, 1)).reshape(*size, -1)
-    if value.dtype != np.uint8:
-        resample = resample if value.dtype.kind == "f" else "nearest"  # numbers of classes are not mixed
-        planes = planes.astype(np.float32)
-    planes = resize(planes, framing.size, RESAMPLE[resample], framing.position, framing.flipped).astype(value.dtype)
-    return np.moveaxis(planes if len(shape) == 3 else planes[..., 0], (0, 1), axes).copy()
 
 
 def keys_of_all(rows: Sequence[Row]) -> set[str]:

@@ -27,7 +27,7 @@ from config import Config
 from ldm import PRECISIONS, ControlLDM, compute_dtype_for
 from lowvram.muon import Muon
 from lowvram.offload import OptimizerInPlace, OptimizerOnCPU, is_fake, is_kept_on_cpu, to_pinned_cpu
-from lowvram.optimizer import AdamW
+from lowvram.optimizer import AdamW, FusedAdamW
 from lowvram.streaming import BlockStreamer
 from training.health import Health
 from unet import CrossAttention, parts
@@ -142,8 +142,7 @@ def build_optimizer(config: Config, home: OptimizerInPlace | OptimizerOnCPU) -> 
     bf16_masters = config.trained_weights == "bf16" and not config.optimizer_on_cpu
     if config.optimizer_bits != 32 or bf16_masters:
         return AdamW(home.masters, config.learning_rate, config.weight_decay, config.optimizer_bits, config.seed)
-    settings = dict(lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-    return torch.optim.AdamW(home.masters.values(), **settings)
+    return FusedAdamW(home.masters.values(), config.learning_rate, config.weight_decay)
 
 
 def zero_grad(trainer: Trainer) -> None:
