@@ -97,7 +97,7 @@ class FolderDataset(Framed):
         self.facts: list[tuple[verify.FileFacts, verify.FileFacts] | None] = []  # of the rows, once they are verified
         self.fingerprint = digest(*layouts.content(self.layout, self.rows)).hex()  # of the rows
         self._extra_keys = keys_of_all(self.rows)
-        self._compared: set[File] = set()  # targets of rows whose two sizes are known to agree
+        self.compared: set[File] = set()  # targets of rows whose two sizes are known to agree
         bad = [f"{row.where}: {row.problem}" for row in self.rows if not row.readable]
         if bad and self.strict:
             more = f" (and {len(bad) - 1} more: {self.check_command})" if len(bad) > 1 else ""
@@ -205,9 +205,9 @@ class FolderDataset(Framed):
 
     def _read(self, i: int, side: int, resample: Image.Resampling, variant: int) -> np.ndarray:
         path = self._files(i)[side]
-        if self.rows[i].target not in self._compared:
+        if self.rows[i].target not in self.compared:
             self.sizes(i)
-            self._compared.add(self.rows[i].target)
+            self.compared.add(self.rows[i].target)
         array = self._named(i, images.decode, path, self.readings()[side]).array
         framing = self.framing(i, variant, array.shape[1::-1])
         return resize(array, framing.size, resample, framing.position, framing.flipped)

@@ -19,7 +19,7 @@ from ldm import MODELS, ControlLDM
 from lowvram import estimate
 from lowvram.process import disable_malloc_trim
 from toy import circles
-from training import cache
+from training import cache, verify
 
 H100_FLOPS = 0.5 * 989e12  # a second: half of the dense bf16 rate in the data sheet of the H100 SXM
 ENOUGH = 1.5  # times what the GPU takes
@@ -86,7 +86,8 @@ def write_layouts(folder: Path, count: int, side: int, rows: int = 0) -> dict[st
 def sources(folder: Path, side: int, count: int, rows: int = 0) -> dict[str, data.Samples]:
     """Where samples come from, in words -> samples: PNG files in each layout of `write_layouts`, and the cache."""
     layouts = write_layouts(folder, count, side, rows)
-    datasets = {name: data.FolderDataset(size=(side, side), **arguments) for name, arguments in layouts.items()}
+    open_verified = lambda arguments: verify.verified(data.FolderDataset(size=(side, side), **arguments), folder, False)
+    datasets = {name: open_verified(arguments) for name, arguments in layouts.items()}
     model = ControlLDM(MODELS["tiny"], hint_channels=None).requires_grad_(False)
     with torch.no_grad():
         cached = cache.build_cache(model, datasets[""], str(folder / "cache"), 8)

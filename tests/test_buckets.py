@@ -314,6 +314,13 @@ def test_workers_get_buckets(many):
         assert torch.equal(a["hint"], b["hint"]) and a["prompt"] == b["prompt"]
 
 
+def test_an_image_that_was_verified_is_opened_once_a_sample(many, tmp_path, monkeypatch):
+    dataset = verify.verified(FolderDataset(many), tmp_path / "cache", False)
+    monkeypatch.setattr(FolderDataset, "sizes", lambda self, i: pytest.fail("read again"))
+    copy = pickle.loads(pickle.dumps(dataset))  # as a worker gets it
+    assert np.array_equal(copy[3]["jpg"], dataset[3]["jpg"])
+
+
 def test_the_size_of_a_row_that_was_verified_is_not_read_again(many, monkeypatch):
     dataset = FolderDataset(many)
     verify.find_bad_rows(dataset, workers=0)

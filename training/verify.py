@@ -223,6 +223,7 @@ def verified(dataset: Any, cache_dir: str | Path, skip_bad_rows: bool) -> Any:
     transparent = [hint.brightness for hint, _ in dataset.facts if hint.brightness >= 0]
     if transparent and dataset.hint_ground == "auto":
         dataset.hint_ground = visible_ground(sum(transparent) / len(transparent))
+    dataset.compared.update(row.target for row in dataset.rows)
     return dataset
 
 
