@@ -174,6 +174,8 @@ def info(source: str) -> list[str]:
         lines += [size(name, tensors)] if tensors else [f"{name:12} none"] * told
     unknown = [v for k, v in state.items() if not k.startswith(tuple(kinds.values()))]
     lines += [size("other", unknown)] if unknown else []
+    if DIFFERENCE in state:
+        lines.append(f"{'control':12} is its difference to the UNet of a base, without which it cannot be drawn with")
     try:
         prefix = UNET if strip_prefix(state, UNET + "input_blocks.") else CONTROL
         config = detect_model(path, state, prefix)

@@ -4,9 +4,11 @@ flags --parse--> Request --load--> model and ControlNets
                     +------plan--> pictures --draw--> PNG files, and a sheet of them
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import data
 from clip_text import MAX_TOKENS
 from drawing.draw import draw
 from drawing.loading import Loaded, load
@@ -16,6 +18,7 @@ from drawing.request import Request, parse
 from drawing.sheets import Sheet
 from sampler import SOLVERS
 from training.console import exit_status
+from weights.runs import is_run, load_run
 
 
 def run_command(argv: Sequence[str] | None = None) -> str | int:
@@ -34,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     loaded = load(request)
     pictures = plan(request, loaded.model.config)
     tell_long_prompts(request, loaded, pictures)
+    tell_large_pictures(request, pictures)
     texts = {p.name: parameters(request, loaded, p) for p in pictures}
     sheet = Sheet(request, loaded, pictures)
     texts |= dict.fromkeys(sheet.names, texts[pictures[0].name])
@@ -56,6 +60,18 @@ def tell_long_prompts(request: Request, loaded: Loaded, pictures: Sequence[Pictu
             of = f" of {prompts[long[0][0]].name}" if name == "the prompt" else ""
             more = f" ({len(long)} prompts are too long)" if len(long) > 1 else ""
             print(f"{name}{of} has {long[0][1]} tokens; the text encoder reads {limit}, the rest is cut off{more}")
+
+
+def tell_large_pictures(request: Request, pictures: Sequence[Picture]) -> None:
+    """Print a line where hints are much larger than the images of the run that is drawn with, and nobody chose that."""
+    trained = load_run(request.model).get("resolution") if is_run(request.model) else None
+    if request.resolution or not trained:
+        return
+    area = math.prod(data.parse_resolution(trained))
+    large = [p.size for p in pictures if math.prod(p.size) > 2 * area]
+    if large:
+        size = "x".join(map(str, max(large, key=math.prod)))
+        print(f"drawn at {size}, the size of the hint, though trained at {trained}: --resolution {trained} takes less")
 
 
 def find_existing(request: Request, texts: Mapping[str, str]) -> set[str]:

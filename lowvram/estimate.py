@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from config import GPU_PRESETS, PRESETS, Config, resolve, validate
+from config import DEMO, GPU_PRESETS, PRESETS, Config, resolve, validate
 from ldm import MODELS, PRECISIONS, ControlLDM, ModelConfig, compute_dtype_for
 from lowvram.muon import muon_flops
 from lowvram.prediction import flops, largest_peak, predict
@@ -112,7 +112,7 @@ def model_and_size(config: Config) -> tuple[ModelConfig, tuple[int, int]]:
     model_config = dataclasses.replace(model_config, control_depth=depth)
     if config.resolution:
         wanted = data.parse_resolution(config.resolution)
-    elif config.data and not config.buckets and (Path(config.data).exists() or data.is_dataset(config.data)):
+    elif config.data and not config.buckets and (config.data != DEMO["data"] or data.is_dataset(config.data)):
         wanted = first_size(config)
     else:
         wanted = (model_config.resolution, model_config.resolution)

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torch
 import config as config_module
 import data
 import train
-from config import Config, resolve
+from config import DEMO, Config, resolve
 from lowvram import estimate
 from tests.fuzz_inputs import save_micro_model
 from tests.test_train import losses
@@ -172,6 +173,33 @@ def test_the_name_of_a_run_follows_the_data(five, tmp_path):
     assert parse(five["WebDataset"]["data"]) == "runs/shards"
     assert parse(tmp_path / "s-{a,b}" / "*.tar") == f"runs/{tmp_path.name}" and parse("{a,b}.tar") != "runs/"
     assert parse(tmp_path / "not there") == "runs/not there"
+
+
+def test_a_folder_that_is_no_data_set_is_told_what_to_name(five, tmp_path):
+    """The layout that was meant is mostly clear from what is there."""
+    root = tmp_path / "my data"
+    folders = [root / name for name in ("tables", "two", "photos", "nothing")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    shutil.copytree(Path(five["Fill50K"]["data"]) / "target", root / "two/photos")
+    shutil.copytree(Path(five["Fill50K"]["data"]) / "source", root / "two/edges")
+    shutil.copy(root / "two/photos/0.png", root / "photos")
+    for name in ("b.csv", "a.csv", "0.png"):
+        (root / "tables" / name).touch()
+    advice = ["--data '{}/a.csv' would read", "--hints, such as '{}/edges'", "data.py hints '{}' OUT --kind canny", ""]
+    for folder, words in zip(folders, advice, strict=True):
+        with pytest.raises(data.DataError) as e:
+            data.FolderDataset(folder)
+        assert words.format(folder) in str(e.value) and (words or str(e.value).endswith("(found nothing)"))
+
+
+def test_a_plan_for_data_that_is_not_there_says_so(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("nowhere", str(tmp_path / "nowhere"), "data/circlez"):
+        with pytest.raises(data.DataError, match=f"{path}: no such folder or file"):
+            estimate.model_and_size(Config(base=str(base), data=path))
+    assert estimate.model_and_size(Config(base=str(base)))[1] == (128, 128)
+    assert estimate.model_and_size(Config(**DEMO | {"base": str(base)}))[1] == (128, 128)  # drawn when it is trained on
 
 
 def test_the_plan_reads_every_layout(five, base):

@@ -55,6 +55,12 @@ def test_duplicates_are_found_by_their_pixels(plain):
     assert targets.endswith(f"{plain}/target/2.png is {plain}/target/0.png)")
 
 
+def test_rows_of_the_same_files_are_told_by_their_lines(plain):
+    lines = (plain / "prompt.json").read_text().splitlines()
+    (plain / "prompt.json").write_text("\n".join([*lines, lines[1]]) + "\n")
+    assert told(plain)[0].endswith(f"prompt.json, line 7 and {plain}/prompt.json, line 2, {plain}/target/1.png)")
+
+
 def test_one_target_with_three_hints(plain):
     for i in (1, 2):
         noise(100).save(plain / f"target/{i}.png")

@@ -200,6 +200,7 @@ def test_a_run_is_exported_whole_and_extracted_with_a_warning(run, base, tmp_pat
     joined = merge_sources(ModelSource(base, control=tmp_path / "control"))
     assert all(torch.equal(v, joined[k]) for k, v in control.items())
     merge.main(["extract", str(run), str(tmp_path / "d.safetensors"), "--difference", str(base)])
+    assert any("its difference to the UNet of a base" in line for line in merge.info(tmp_path / "d.safetensors"))
     assert "difference" in load_state_dict(tmp_path / "d.safetensors")
     with pytest.raises(CheckpointError, match="diffusers has none"):
         merge.main(["extract", str(run), str(tmp_path / "d"), "--format", "diffusers", "--difference", str(base)])

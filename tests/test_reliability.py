@@ -261,6 +261,13 @@ def test_the_image_log_of_a_resumed_run_is_its_own(config, steps):  # noqa: F811
     assert (run / "image_log/step-by-step.png").exists()
 
 
+def test_a_run_without_pictures_names_none(config, capsys):  # noqa: F811
+    config.logger_freq, config.steps = 0, 1
+    train.train(config)
+    told = capsys.readouterr().out
+    assert "trained:" in told and "pictures:" not in told
+
+
 # ---------------------------------------------------------------------------------------------------------- restarts
 def test_a_finished_run_makes_what_a_kill_cost(config, capsys):  # noqa: F811
     config.logger_freq = 4
@@ -270,7 +277,8 @@ def test_a_finished_run_makes_what_a_kill_cost(config, capsys):  # noqa: F811
     (run / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
     gain = read_metrics(resume(run))[-1]
     assert gain["step"] == 4 and "control_gain" in gain and (run / "image_log" / "step-000004.png").exists()
-    assert "draw:" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "draw:" in told and "all 4 steps are made already; --steps with a larger number trains on" in told
     with pytest.raises(CheckpointError, match="is at step 4, past --steps 3"):
         resume(run, "--steps", "3")
 

@@ -173,6 +173,18 @@ def test_command_line(base, tmp_path, capsys):
         assert image.size == (32, 64)
 
 
+def test_pictures_much_larger_than_a_run_trained_on_are_told(evil_run, tmp_path, capsys):
+    """A photo as hint has many megapixels, which no GPU draws."""
+    Image.fromarray(np.zeros((64, 96, 3), np.uint8)).save(tmp_path / "hint.png")
+    args = [
+        "--model", str(evil_run), "--hint", str(tmp_path / "hint.png"), "--prompt", "x", "--steps", "1", "--num", "1",
+    ]  # fmt: skip
+    for more, told in (([], True), (["--resolution", "96x64"], False), (["--resolution", "32"], False)):
+        sampler.main([*args, *more, "--out", str(tmp_path / "out"), "--overwrite"])
+        line = "drawn at 96x64, the size of the hint, though trained at 32x32: --resolution 32x32 takes less"
+        assert (line in capsys.readouterr().out) == told
+
+
 def test_a_hint_is_read_as_the_run_read_its_hints_and_what_is_cut_is_told(base, tmp_path, capsys, monkeypatch):
     model = load_model(ModelSource(base, attach=True, hint_channels=1))
     run, seen = tmp_path / "m.safetensors", []

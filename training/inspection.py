@@ -99,7 +99,10 @@ def _about_duplicates(rows: list[Fact]) -> list[str]:
     lines = []
     for found, what in ((pairs, "repeat the target and the hint"), (targets, "repeat the target, with another hint,")):
         if found:
-            names = f"{one_line(found[0][0].target)} is {one_line(found[0][1].target)}"
+            later, earlier = found[0]
+            names = f"{one_line(later.target)} is {one_line(earlier.target)}"
+            if later.target == earlier.target:
+                names = f"{later.where} and {earlier.where}, {one_line(later.target)}"
             lines.append(f"{len(found)} of {len(rows)} rows {what} of an earlier row (the first: {names})")
     return lines
 

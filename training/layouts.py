@@ -16,6 +16,7 @@ import glob
 import itertools
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ def _detect_folder(folder: Path, hints: str | Path) -> Layout:
     looked_for = " or ".join(f"{name} in it: {form}" for name, (_, form) in LAYOUTS.items())
     raise DataError(
         f"{folder}: no {looked_for}; no .tar shards in it; and no --hints FOLDER, which goes with images that have "
-        f"captions (.txt) beside them (found {_found_in(folder)})"
+        f"captions (.txt) beside them (found {_found_in(folder)}){_advice(folder)}"
     )
 
 
@@ -156,6 +157,24 @@ def _detect_file(path: Path) -> Layout:
 
 def _list_name(name: str) -> str:
     return {"prompt.json": "Fill50K", "metadata.jsonl": "imagefolder", "metadata.csv": "imagefolder"}.get(name, "list")
+
+
+def _advice(folder: Path) -> str:
+    """What to name instead, to judge by what is in a folder that is no data set."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: natural_order(entry.name))
+    except OSError:
+        return ""
+    of = lambda *endings: [entry.name for entry in entries if entry.name.lower().endswith(endings)]
+    folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    if tables := of(*READERS):
+        return f"; --data {shlex.quote(str(folder / tables[0]))} would read that table"
+    if len(folders) > 1:
+        targets, hints = (shlex.quote(str(folder / name)) for name in folders[:2])
+        return f"; of two folders of images one is --data, such as {hints}, and the other --hints, such as {targets}"
+    if of(*IMAGE_ENDINGS):
+        return f"; `python data.py hints {shlex.quote(str(folder))} OUT --kind canny` makes photos a data set"
+    return ""
 
 
 def _found_in(folder: Path) -> str:

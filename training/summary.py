@@ -26,8 +26,9 @@ def print_trial(config: Config) -> None:
     """Print what a run is that names a data set and no base model."""
     print(
         f"no --base is given: {config.data} is tried on the tiny base model at {config.resolution} px, with the "
-        f"settings of the demo unless a flag says otherwise ({config.steps} steps), for minutes on a CPU. Where "
-        "hints and targets belong together, the control gain jumps; pictures stay coarse. Then: --base FILE"
+        f"settings of the demo unless a flag says otherwise ({config.steps} steps), for minutes on a CPU"
+        f"{'; half of the samples are mirrored, unless --no-flip is given' if config.flip else ''}. Where hints and "
+        "targets belong together, the control gain jumps; pictures stay coarse. Then: --base FILE"
     )
 
 
@@ -56,6 +57,9 @@ def print_summary(trainer: Trainer, samples: data.Samples, held_out: int) -> Non
         f"{len(samples.indices)} samples of {'about ' if config.buckets else ''}{config.resolution}, {config.batch} a "
         f"step, {config.precision} ({config.memory}), on {config.device}; steps {trainer.step} to {config.steps}"
     )
+    if trainer.step >= config.steps:
+        print(f"all {config.steps} steps are made already; --steps with a larger number trains on")
+        return
     for line in describe_amount(config, len(samples.indices), held_out):
         print(line)
 
@@ -87,9 +91,8 @@ def report(
     draw = [python, "sampler.py", "--model", str(run), "--hint", str(hint)]
     draw += ["--hint-scale", "0"] if load_run(run).get("hint_scale") else []  # what was saved is scaled already
     draw += ["--prompt", samples.dataset.prompt(item), "--out", f"samples/{run.name}"]
-    print(
-        f"page:      {run / 'report.html'}\n"
-        f"pictures:  {run / 'image_log'}, {run / 'curves.png'}\n"
-        f"trained:   {newest_checkpoint(run) / 'trained.safetensors'}\n"
-        f"draw:      {shlex.join(draw)}"
-    )
+    pictures = ", ".join(str(path) for path in (run / "image_log", run / "curves.png") if path.exists())
+    print(f"page:      {run / 'report.html'}")
+    if pictures:
+        print(f"pictures:  {pictures}")
+    print(f"trained:   {newest_checkpoint(run) / 'trained.safetensors'}\ndraw:      {shlex.join(draw)}")

@@ -290,7 +290,8 @@ def _about_aspects(rows: list[tuple[Row, FileFacts, FileFacts]], size: Size) -> 
     most, row = max(cut, key=lambda one: one[0])
     return [
         f"{len(cut)} of {len(rows)} rows have another aspect ratio than {size[0]}x{size[1]}: {most:.0%} of the image "
-        f"is cut off at most ({row.where}), {sum(part for part, _ in cut) / len(cut):.0%} on average"
+        f"is cut off at most ({row.where}), {sum(part for part, _ in cut) / len(cut):.0%} on average; --buckets cuts "
+        "less, --resolution chooses the size"
     ]
 
 
