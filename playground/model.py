@@ -122,5 +122,5 @@ def missing_model(path: str) -> str:
     if Path(path).exists():
         return ""
     if Path(path) == Path("runs/demo"):
-        return "runs/demo: there is no run yet; `make train` trains one in about 5 minutes"
+        return "runs/demo: there is no run yet; `make train` trains one in about 2 minutes"
     return f"{path}: there is no such run, file or folder; `make train` trains the demo, --model names another run"
