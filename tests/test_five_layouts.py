@@ -24,6 +24,7 @@ from training import verify
 from training.cache import target_keys
 from training.checkpoints import find_changed_rows
 from training.layouts import short_name
+from weights import CheckpointError, load_model
 
 COUNT = 64
 KINDS = ["Fill50K", "imagefolder", "table", "folder pairs", "WebDataset"]
@@ -191,6 +192,23 @@ def test_a_folder_that_is_no_data_set_is_told_what_to_name(five, tmp_path):
         with pytest.raises(data.DataError) as e:
             data.FolderDataset(folder)
         assert words.format(folder) in str(e.value) and (words or str(e.value).endswith("(found nothing)"))
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("models/v1-5-pruned.ckpt", "no such file; `make sd15` downloads it"),
+        ("sd15", "no such file; the names of models are for --plan and bench.py"),
+        ("sdxl", "no such file; the names of models are for --plan and bench.py"),
+        ("models/other.ckpt", "other.ckpt: no such file$"),
+        ("data/fill50k", "no such folder or file; `make fill50k` downloads it"),
+        ("data/other", "no such folder or file$"),
+    ],
+)
+def test_what_the_tutorial_downloads_is_named_where_it_lacks(path, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((CheckpointError, data.DataError), match=words):
+        data.FolderDataset(path) if path.startswith("data") else load_model(path)
 
 
 def test_a_plan_for_data_that_is_not_there_says_so(base, tmp_path, monkeypatch):

@@ -100,7 +100,7 @@ def detect(root: str | Path, hints: str | Path = "") -> Layout:
     if path.exists():
         return _detect_file(path)
     if not is_pattern(root):
-        raise DataError(f"{root}: no such folder or file")
+        raise DataError(f"{root}: no such folder or file{'; `make fill50k` downloads it' * (path.name == 'fill50k')}")
     files = expand(root)
     others = [file for file in files if file.suffix.lower() != ".tar"]
     if others:

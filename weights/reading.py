@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ldm import MODELS
 from weights.configs import INDEX, TEXT, CheckpointError, check_fields, is_run, load_json, network_settings
 from weights.pickles import MAX_PICKLE, read_program
 from weights.spelling import (
@@ -170,10 +171,17 @@ def _kind(path: Path, head: bytes) -> str:
     raise CheckpointError(f"{path}: damaged, or not a weight file: neither safetensors nor written by torch.save")
 
 
+def _absent(path: Path) -> str:
+    """What to say of a file that is not there."""
+    if str(path) in MODELS:
+        return "no such file; the names of models are for --plan and bench.py, a model to train on is a file"
+    return "no such file" + "; `make sd15` downloads it" * (path.name == "v1-5-pruned.ckpt")
+
+
 def _read_file(path: Path) -> dict[str, Tensor]:
     """All tensors of one file, under the names that the file gives them."""
     if not path.is_file():
-        raise CheckpointError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+        raise CheckpointError(f"{path}: {'not a regular file' if path.exists() else _absent(path)}")
     readers = {"zip": _read_zip, "legacy": _read_legacy, "safetensors": safetensors.torch.load_file}
     try:
         with open(path, "rb") as f:
