@@ -63,15 +63,16 @@ def tell_long_prompts(request: Request, loaded: Loaded, pictures: Sequence[Pictu
 
 
 def tell_large_pictures(request: Request, pictures: Sequence[Picture]) -> None:
-    """Print a line where hints are much larger than the images of the run that is drawn with, and nobody chose that."""
+    """Print a line where pictures become much larger than the images of the run that is drawn with, and nobody chose
+    that: their size is that of a hint or of the first picture."""
     trained = load_run(request.model).get("resolution") if is_run(request.model) else None
     if request.resolution or not trained:
         return
     area = math.prod(data.parse_resolution(trained))
-    large = [p.size for p in pictures if math.prod(p.size) > 2 * area]
-    if large:
-        size = "x".join(map(str, max(large, key=math.prod)))
-        print(f"drawn at {size}, the size of the hint, though trained at {trained}: --resolution {trained} takes less")
+    largest = max(pictures, key=lambda picture: math.prod(picture.size))
+    if math.prod(largest.size) > 2 * area:
+        size, of = "x".join(map(str, largest.size)), "--init" if largest.init else "the hint"
+        print(f"drawn at {size}, the size of {of}, though trained at {trained}: --resolution {trained} takes less")
 
 
 def find_existing(request: Request, texts: Mapping[str, str]) -> set[str]:

@@ -6,6 +6,7 @@ its own, one file at a time, since Pillow's bound on the size of images is a set
 
 import contextlib
 import io
+import itertools
 import tempfile
 import threading
 import warnings
@@ -136,10 +137,19 @@ class ValidationHints:
                 settings.get("follow_links", False), MAX_PIXELS / 1e6, settings.get("columns", ""),
                 settings.get("hints", ""),
             )  # fmt: skip
-            numbers = held_out(len(self.dataset), settings.get("validation", 8))
-            self.numbers = [i for i in numbers if i >= 0 and self.dataset.rows[i].readable][:MAX_SHOWN]
+            count = len(held_out(len(self.dataset), settings.get("validation", 8)))
+            usable = (i for i in reversed(range(len(self.dataset))) if self._trained(i, settings.get("skip_bad_rows")))
+            self.numbers = sorted(itertools.islice(usable, count))[:MAX_SHOWN]
         except (ValueError, OSError, TypeError) as e:
             self.note = f"The data set of the run is not there: {images.one_line(e)[:200]}."
+
+    def _trained(self, number: int, some_skipped: bool) -> bool:
+        """Whether a row was one of the run's: bad rows, where they are skipped, do not count among the last ones."""
+        if not some_skipped:
+            return self.dataset.rows[number].readable
+        with contextlib.suppress(DataError):
+            return bool(self.dataset.load_item(number))
+        return False
 
     def prompt(self, number: int) -> str:
         """The prompt of an offered hint."""

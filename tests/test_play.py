@@ -252,6 +252,14 @@ def test_a_run_on_two_folders_offers_its_hints(base, tmp_path):
     assert hints.numbers == [22, 23] and not hints.note and hints.read(22).shape == (32, 32, 3)
 
 
+def test_hints_of_a_run_that_skipped_rows_are_those_it_held_out(base, tmp_path):
+    circles.make(tmp_path / "data", 24, 32, seed=3)
+    (tmp_path / "data/target/23.png").write_bytes(b"no picture")
+    (tmp_path / "data/source/21.png").unlink()
+    run = train.train(settings(base, tmp_path / "data", tmp_path / "run", skip_bad_rows=True, steps=1))
+    assert ValidationHints(json.loads((run / "config.json").read_text())).numbers == [20, 22]
+
+
 # ------------------------------------------------------------------------------------------------------------- the line
 class Slow:
     """Draws by waiting for permission, and notes what it drew."""
