@@ -457,6 +457,13 @@ def validate(config: Config) -> None:
         check_value(f, getattr(config, f.name))
     if not config.base or not config.out:
         raise ConfigError(f"--{'out' if config.base else 'base'} is not set")
+    from weights.configs import is_run
+
+    if is_run(config.base):
+        raise ConfigError(
+            f"--base {config.base} is the folder of a run: `python merge.py export {config.base} FILE` makes a base of "
+            f"it, and --resume {config.base} goes on with the run"
+        )
     if config.min_timestep > (config.max_timestep or 999):
         raise ConfigError(f"--min-timestep is {config.min_timestep}, above --max-timestep {config.max_timestep}")
     if config.stream and not config.gradient_checkpointing:

@@ -40,6 +40,7 @@ from ldm import PRECISIONS, ControlLDM, ModelConfig
 from sampler import noise_schedule
 from weights.clients import bare_names, lost_in_pickle, modelspec, notes, size_in_words, widen_hint
 from weights.configs import CheckpointError, is_run, load_json, metadata_config
+from weights.control import read_control
 from weights.control_depth import written
 from weights.detect import detect_model, distilled, measured_prediction, model_of_weights, pools_globally
 from weights.diffusers_folder import common_dtype, control_folder, diffusers_folder
@@ -54,7 +55,6 @@ from weights.source import (
     check_networks,
     merge_sources,
     missing_weights,
-    read_component,
     read_model,
     strip_prefix,
     unet_key,
@@ -93,7 +93,8 @@ def attach(source: ModelSource) -> tuple[State, ModelConfig, list[str]]:
 
 
 def extract(path: str | Path) -> tuple[State, Path]:
-    """The ControlNet of a file, a folder or a run's newest checkpoint, and the file or folder that it was in."""
+    """The ControlNet of a file, a folder or a run's newest checkpoint (its moving average, if the run keeps one), and
+    the file or folder that it was in."""
     file = Path(path)
     if is_run(file):
         file = newest_checkpoint(file) / "trained.safetensors"
@@ -103,7 +104,7 @@ def extract(path: str | Path) -> tuple[State, Path]:
                 f"note: {path} trained the UNet's decoder too ({decoder} tensors), so the ControlNet alone is not the "
                 "whole result; `merge.py export` writes all of it"
             )
-    return read_component(file, CONTROL), file
+    return read_control(path)[0], file
 
 
 def difference(control: State, base: str, ema: bool = False) -> State:
@@ -137,13 +138,14 @@ def transfer(from_base: str, control: str, to_base: str) -> State:
     for path, state in models:
         check_matches_unet(control, control_weights, path, state)
     control_weights = whole_control(control, control_weights, from_base, old)
-    out = dict(new)
+    out = {k: v for k, v in new.items() if not k.startswith(CONTROL)}
+    same = lambda a, b: torch.equal(a.float(), b.float())  # not all formats can be compared as they are
     for key, value in ({k: v for k, v in trained.items() if k.startswith(UNET)} | control_weights).items():
         origin = unet_key(key) if key.startswith(CONTROL) else key
         if origin in old and origin in new:
-            if torch.equal(value, old[origin]):
+            if same(value, old[origin]):
                 value = new[origin]
-            elif not torch.equal(old[origin], new[origin]):
+            elif not same(old[origin], new[origin]):
                 value = (value.float() + new[origin].float() - old[origin].float()).to(value.dtype)
         out[key] = value
     return out
@@ -350,7 +352,11 @@ def run_transfer(args: argparse.Namespace, folder: bool) -> Output:
     """`merge.py transfer`."""
     state = transfer(args.from_base, args.control, args.to_base)
     path = newest_checkpoint(args.control) / "trained.safetensors" if is_run(args.control) else args.control
-    return state, state, with_global_pool(load_metadata(args.to_base), pools_globally(path)), None
+    metadata, config = load_metadata(args.to_base), None
+    if Path(args.to_base).is_dir():  # beside the weights the folder says what they cannot
+        config = read_model(args.to_base)[1]
+        state, metadata["config"] = markers(config) | state, config.to_json()
+    return state, state, with_global_pool(metadata, pools_globally(path)), config
 
 
 def run_export(args: argparse.Namespace, folder: bool) -> Output:

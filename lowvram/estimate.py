@@ -36,8 +36,9 @@ from training.setup import (
     loading_formats,
     select_trainable,
 )
-from weights.control_depth import depth_from_text
-from weights.source import ModelSource, read_model
+from weights.control_depth import depth_from_text, with_control_depth
+from weights.source import ModelSource, read_component, read_model, strip_prefix
+from weights.spelling import CONTROL
 
 CUDA_CONTEXT = 0.6 * GIB  # driver, kernels, fragmentation: what a GPU cannot give to tensors
 
@@ -104,10 +105,13 @@ def largest_batch(
 def model_and_size(config: Config) -> tuple[ModelConfig, tuple[int, int]]:
     """The model that `config.base` is, a file or a name in MODELS, and the (width, height) of its training images: with
     buckets of the largest, which takes most."""
+    control = config.control if Path(config.control).exists() else ""  # a resumed run needs it no more
     if config.base in MODELS and not Path(config.base).exists():
         model_config = MODELS[config.base]
+        if control:
+            model_config = with_control_depth(model_config, strip_prefix(read_component(control, CONTROL), CONTROL))
     else:
-        model_config = read_model(ModelSource(config.base, prediction=config.prediction))[1]
+        model_config = read_model(ModelSource(config.base, control=control, prediction=config.prediction))[1]
     depth = depth_from_text(config.control_depth, model_config.unet) or model_config.control_depth
     model_config = dataclasses.replace(model_config, control_depth=depth)
     if config.resolution:

@@ -7,6 +7,7 @@ import torch
 
 import merge
 import train
+from config import ConfigError
 from ldm import TINY
 from weights import CheckpointError, ModelSource, load_model, load_state_dict
 from weights.reading import load_metadata
@@ -208,6 +209,70 @@ def test_a_run_is_exported_whole_and_extracted_with_a_warning(run, base, tmp_pat
     said = capsys.readouterr().out
     assert "step 2, 8 samples" in said and "learning_rate" in said and "ControlNet" in said
     assert "missing" in said  # of the UNet only the decoder is in a run's checkpoint
+
+
+def test_the_moving_average_of_a_run_is_extracted(base, folder, tmp_path):
+    """What draws is what is exported and extracted."""
+    config = train.Config(
+        base=str(base), data=str(folder), out=str(tmp_path / "run"), steps=2, learning_rate=1e-3, logger_freq=0,
+        cache_dir=str(tmp_path / "cache"), device="cpu", workers=0, ema_decay=0.9,
+    )  # fmt: skip
+    run = train.train(config)
+    drawn = load_model(run).control_model.state_dict()
+    raw = load_model(ModelSource(run, use_run_ema=False)).control_model.state_dict()
+    merge.main(["extract", str(run), str(tmp_path / "control.safetensors")])
+    got = {k.removeprefix("control_model."): v for k, v in load_state_dict(tmp_path / "control.safetensors").items()}
+    assert got.keys() == drawn.keys() and all(torch.equal(v, drawn[k]) for k, v in got.items())
+    assert not all(torch.equal(v, raw[k]) for k, v in got.items())
+
+
+def test_a_run_is_no_base(run, folder, tmp_path):
+    """What trains on it could be neither resumed nor drawn with."""
+    config = train.Config(base=str(run), data=str(folder), out=str(tmp_path / "second"), device="cpu", workers=0)
+    with pytest.raises(ConfigError, match=f"--base {run} is the folder of a run: `python merge.py export {run} FILE`"):
+        train.train(config)
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_control_takes_the_place_of_another_as_a_whole(base, tmp_path):
+    """A smaller one must not be completed from the one that was there, on a file, in a run's base, or in a transfer."""
+    full, small, out = (tmp_path / f"{name}.safetensors" for name in ("full", "small", "out"))
+    merge.main(["attach", str(base), str(full)])
+    merge.main(["attach", str(base), str(small), "--control-depth", "mid"])
+    merge.main(["extract", str(small), str(tmp_path / "control.safetensors")])
+    wanted = {k for k in load_state_dict(small) if k.startswith("control_model.")}
+    of = lambda state: {k for k in state if k.startswith("control_model.")}
+    source = ModelSource(full, control=tmp_path / "control.safetensors")
+    assert load_model(source).config.control_depth == load_model(small).config.control_depth != None  # noqa: E711
+    assert of(merge_sources(source)) == wanted < of(load_state_dict(full))
+    merge.main(["transfer", "--from-base", str(base), "--control", str(small), "--to-base", str(full), str(out)])
+    assert of(load_state_dict(out)) == wanted
+    incomplete = {k: v for k, v in load_state_dict(full).items() if k.startswith("control_model.") and "zero" not in k}
+    save_safetensors(tmp_path / "control.safetensors", incomplete)
+    with pytest.raises(CheckpointError, match="missing"):
+        load_model(source)
+
+
+def test_a_transfer_keeps_what_a_folder_says_beside_its_weights(base, tmp_path):
+    whole, to, out = tmp_path / "whole.safetensors", tmp_path / "to", tmp_path / "out.safetensors"
+    merge.main(["attach", str(base), str(whole)])
+    merge.main(["export", str(base), str(to)])
+    scheduler = json.loads((to / "scheduler/scheduler_config.json").read_text())
+    changed = {"prediction_type": "epsilon", "beta_end": 0.015}
+    (to / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler | changed))
+    expected = read_model(to)[1]
+    merge.main(["transfer", "--from-base", str(base), "--control", str(whole), "--to-base", str(to), str(out)])
+    got = read_model(out)[1]
+    assert (got.prediction, got.linear_end) == (expected.prediction, expected.linear_end) == ("eps", 0.015)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
+def test_a_transfer_between_formats(base, tmp_path, dtype):
+    small, whole, out = (tmp_path / f"{name}.safetensors" for name in ("small", "whole", "out"))
+    save_safetensors(small, {k: v.to(dtype) for k, v in load_state_dict(base).items()}, load_metadata(base))
+    merge.main(["attach", str(base), str(whole)])
+    merge.main(["transfer", "--from-base", str(base), "--control", str(whole), "--to-base", str(small), str(out)])
+    assert load_model(out).control_model is not None
 
 
 def test_training_goes_on_from_a_controlnet_alone(run, base, folder, tmp_path):

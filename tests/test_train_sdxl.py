@@ -12,11 +12,13 @@ import torch
 from PIL import Image
 
 import data
+import merge
 import playground.model
 import sampler
 import train
 from config import Config, resolve
 from ldm import TINY, ControlLDM
+from lowvram.estimate import model_and_size
 from playground.model import Choices, load
 from tests.playing import Page, drawing
 from tests.test_train import equal, losses, weights
@@ -127,6 +129,15 @@ def test_the_page_draws_what_its_command_draws(sdxl, tmp_path, monkeypatch):
     monkeypatch.setattr(playground.model, "compute_dtype_for", lambda precision, device: torch.float16)  # of a GPU
     half = load(Choices(str(sdxl), precision="fp16")).model
     assert half.unet.dtype == torch.float16 and half.vae.quant_conv.weight.dtype == torch.float32
+
+
+def test_the_plan_knows_the_size_of_the_control_that_is_trained(sdxl, config, tmp_path):
+    merge.main(["attach", str(sdxl), str(tmp_path / "small.safetensors"), "--control-depth", "mid"])
+    merge.main(["extract", str(tmp_path / "small.safetensors"), str(tmp_path / "control.safetensors")])
+    planned = lambda **change: model_and_size(dataclasses.replace(config, **change))[0].control_depth
+    small = planned(control=str(tmp_path / "control.safetensors"))
+    assert small == planned(control_depth="mid") == planned(base=str(tmp_path / "small.safetensors")) != planned()
+    assert planned(control=str(tmp_path / "gone.safetensors")) is None  # of a resumed run, which needs it no more
 
 
 def test_latents_that_overflow_are_refused(config, sdxl, folder, monkeypatch):

@@ -33,7 +33,7 @@ def load_control(path: str | Path, model: ControlLDM, base: str | Path = "") -> 
     to a UNet are added to that of `model`. `base`: where `model` comes from, for messages. Raises CheckpointError for a
     ControlNet of another kind of model.
     """
-    control, saved = _read(path)
+    control, saved = read_control(path)
     base = base or f"the model {model.config.name}"
     unet = {UNET + k: v.detach().cpu() for k, v in model.unet.state_dict().items()}
     tensors = strip_prefix(whole_control(path, control, base, unet), CONTROL)
@@ -58,8 +58,9 @@ def load_control(path: str | Path, model: ControlLDM, base: str | Path = "") -> 
     return net.requires_grad_(False).eval()
 
 
-def _read(path: str | Path) -> tuple[dict[str, Tensor], ModelConfig | None]:
-    """The tensors of the ControlNet at `path` under original keys, and of a run the configuration of its model."""
+def read_control(path: str | Path) -> tuple[dict[str, Tensor], ModelConfig | None]:
+    """The tensors of the ControlNet at `path` under original keys, and of a run, whose moving average counts if it has
+    one, the configuration of its model."""
     if not is_run(path):
         return read_component(path, CONTROL), None
     folder = newest_checkpoint(path)

@@ -86,8 +86,9 @@ def load_model(
     """
     source = _with_run_settings(source)
     base, (trained, saved) = _read_base(source), _read_trained(source)
-    config = _read_config(source, base | trained, saved)
-    control = strip_prefix(base | trained, CONTROL)
+    whole = _overlay(base, trained)
+    config = _read_config(source, whole, saved)
+    control = strip_prefix(whole, CONTROL)
     hint_channels = _hint_channels(source, control) if control else None
     with torch.device("meta"):
         model = ControlLDM(config, hint_channels)
@@ -115,9 +116,10 @@ def read_model(source: ModelSource | str | Path) -> tuple[dict[str, Tensor], Mod
     """All tensors of the model that `source` names, under original keys, and the model's configuration."""
     source = _with_run_settings(source)
     base, (trained, saved) = _read_base(source), _read_trained(source)
-    config = _read_config(source, base | trained, saved)
+    whole = _overlay(base, trained)
+    config = _read_config(source, whole, saved)
     check_networks(base, config, lambda prefix: _origin(source, prefix))
-    return base | trained, config
+    return whole, config
 
 
 def unet_weights(source: ModelSource | str | Path) -> dict[str, Tensor]:
@@ -128,7 +130,7 @@ def unet_weights(source: ModelSource | str | Path) -> dict[str, Tensor]:
 def merge_sources(source: ModelSource | str | Path) -> dict[str, Tensor]:
     """All tensors of the model that `source` names, under original keys. Of a run's settings only the base counts."""
     source = _as_source(source)
-    return _read_base(source) | _read_trained(source)[0]
+    return _overlay(_read_base(source), _read_trained(source)[0])
 
 
 # -------------------------------------------------------------------------------------------------- reading the pieces
@@ -191,7 +193,7 @@ def _read_base(source: ModelSource) -> dict[str, Tensor]:
     refuse_other_kinds(path, state)
     if source.control:
         control = read_component(source.control, CONTROL)
-        state |= whole_control(source.control, control, path, state)
+        state = _overlay(state, whole_control(source.control, control, path, state))
     if source.vae:
         vae = read_component(source.vae, VAE)
         misfits = [k for k, v in vae.items() if k in state and state[k].shape != v.shape]
@@ -201,6 +203,14 @@ def _read_base(source: ModelSource) -> dict[str, Tensor]:
             raise CheckpointError(f"{source.vae}: lacks {lacking[0]} of a VAE ({len(lacking)} weights missing)")
         state |= vae
     return state
+
+
+def _overlay(base: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`base` with the tensors of `other` in place of its own. A ControlNet takes the place of another one as a whole:
+    what a smaller one lacks must not stay there."""
+    if any(k.startswith(CONTROL) for k in other):
+        base = {k: v for k, v in base.items() if not k.startswith(CONTROL)}
+    return base | other
 
 
 def _read_trained(source: ModelSource) -> tuple[dict[str, Tensor], ModelConfig | None]:
