@@ -20,7 +20,6 @@ their own names.
 """
 
 import copy
-import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from flags import parse_data
-from training.console import protect_output, run_program
+from training.console import protect_output, run_program, shell_line
 
 if __name__ == "__main__":  # --help and wrong flags are answered before the imports below, which take seconds
     protect_output()
@@ -122,7 +121,7 @@ class FolderDataset(Framed):
         """The command that tells everything about this data set."""
         flags = [("--hints", self.hints), ("--columns", self.columns)]
         words = [word for flag, value in flags if value for word in (flag, str(value))]
-        return shlex.join(["python", "data.py", "check", str(self.root), *words])
+        return shell_line(["python", "data.py", "check", str(self.root), *words])
 
     @property
     def problems(self) -> list[str]:

@@ -78,3 +78,8 @@ def in_words(low: float, high: float) -> str:
 
 def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def flag_words(flag: str, value: str) -> list[str]:
+    """A flag and its value as words of a command line; as one word where the value would be taken for a flag."""
+    return [f"{flag}={value}"] if value.startswith("-") else [flag, value]

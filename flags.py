@@ -195,7 +195,9 @@ def parse_bench(argv: list[str] | None, parts: Sequence[str] | None = None) -> a
         command = commands.add_parser(
             name, help=text, usage=f"bench.py {name} [settings]", formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
-        command.add_argument("--resolution", type=int, help="side of the images in pixels (default: the model's)")
+        command.add_argument(
+            "--resolution", type=number(int, 1, 1 << 15), help="side of the images in pixels (default: the model's)"
+        )
         command.set_defaults(json=False, **defaults)
         return command.add_argument
 
@@ -208,19 +210,19 @@ def parse_bench(argv: list[str] | None, parts: Sequence[str] | None = None) -> a
     flag("--model", default="tiny", **models)
     flag("--json", **as_json)
     flag("--against", choices=("diffusers",), help="measure the step of this library too, in turns with ours")
-    flag("--repeat", type=int, default=5, help="steps that are measured, after two that are not")
+    flag("--repeat", type=number(int, 1), default=5, help="steps that are measured, after two that are not")
     add_flags(commands.choices["step"], STEP_SETTINGS)
     flag = add_command("sample", "the time of an image of the sampler")
     flag("--model", default="tiny", **models)
     flag("--json", **as_json)
     flag("--against", choices=("diffusers",), help="measure this library's pipeline too, on the same weights")
-    flag("--steps", type=int, default=20, dest="log_steps", metavar="N", help="denoising steps")
+    flag("--steps", type=number(int, 1, 1000), default=20, dest="log_steps", metavar="N", help="denoising steps")
     add_flags(commands.choices["sample"], {"precision", "device"})
-    flag("--repeat", type=int, default=3, help="images that are measured, after one that is not")
+    flag("--repeat", type=number(int, 1), default=3, help="images that are measured, after one that is not")
     flag = add_command("memory", "the presets: memory as predicted and, on a GPU, as measured")
     flag("--model", default="sd15", **models)
-    flag("--batch-size", type=int, nargs="+", default=[1, 4], help="one or more batch sizes")
-    flag("--repeat", type=int, default=0, help="steps that are measured with each preset; 0: only predict")
+    flag("--batch-size", type=number(int, 1), nargs="+", default=[1, 4], help="one or more batch sizes")
+    flag("--repeat", type=number(int, 0), default=0, help="steps that are measured with each preset; 0: only predict")
     flag = add_command(
         "data", "the samples that the loader gives in a second, beside what a fast GPU asks for", model="tiny"
     )

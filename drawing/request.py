@@ -11,13 +11,13 @@ itself, or, where it is no run, to the first one:
 import argparse
 import dataclasses
 import re
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from config import PRECISIONS
-from flag_types import ConfigError, default_device, device, flag_name, number
+from flag_types import ConfigError, default_device, device, flag_name, flag_words, number
+from training.console import shell_line
 from training.images import RESAMPLE
 
 SOLVERS = ("ddim", "dpm", "euler", "euler_a")  # the names of `sampler.SOLVERS`, known without PyTorch
@@ -285,6 +285,11 @@ def control_requests(model: str, groups: Sequence[dict[str, Any]]) -> tuple[Cont
     """
     own, *others = groups
     if others and not is_run(model):  # the first --control takes the place of a ControlNet in the model
+        if twice := [flag_name(k) for k in own if k in others[0] and own[k] != others[0][k]]:
+            print(
+                f"{twice[0]} before --control {others[0]['control']} does not count: that ControlNet takes the place "
+                f"of one in {model}, which is no run, and has the flag too; a second --control adds a second ControlNet"
+            )
         others[0] = own | others[0]
         own = {}
     controls = [*([own] if own else []), *others]
@@ -307,7 +312,7 @@ def command_line(request: Request) -> str:
     words = _flags(request)
     for control in request.controls:
         words += _flags(control)
-    return shlex.join(["python", "sampler.py", *words])
+    return shell_line(["python", "sampler.py", *words])
 
 
 def _flags(request: Request | ControlRequest) -> list[str]:
@@ -322,6 +327,5 @@ def _flags(request: Request | ControlRequest) -> list[str]:
             continue
         between = "x" if f.name in ("original_size", "crop") else ","
         text = between.join(map(str, value)) if isinstance(value, tuple) else str(value)
-        # what begins with a dash would be taken for a flag
-        words += [f"{flag_name(f.name)}={text}"] if text.startswith("-") else [flag_name(f.name), text]
+        words += flag_words(flag_name(f.name), text)
     return words

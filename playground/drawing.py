@@ -7,7 +7,6 @@ then, so that one sees what is coming. Decoding takes time that the picture wait
 import base64
 import dataclasses
 import io
-import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,11 +19,13 @@ from torch import Tensor
 import data
 from config import default_device
 from drawing.draw import encode, make_y
+from flag_types import flag_words
 from playground.hints import read_hint
 from playground.jobs import Event
 from playground.model import LoadedModel
 from playground.request import ControlChoice, Drawing
 from sampler import Control, Sampling, SolverStep, sample
+from training.console import shell_line
 from training.images import MODES
 from training.records import to_uint8
 from weights.runs import is_run
@@ -177,7 +178,7 @@ def command_line(loaded: LoadedModel, drawing: Drawing, number: int, strengths: 
     own = choices.model if len(drawing.controls) == 1 or is_run(choices.model) else ""
     for i, choice in enumerate(drawing.controls):
         words += control_flags(loaded, choice, i, strengths[i], own if i == 0 else "")
-    return shlex.join(words)
+    return shell_line(words)
 
 
 def control_flags(loaded: LoadedModel, choice: ControlChoice, place: int, strength: float, own: str) -> list[str]:
@@ -194,6 +195,4 @@ def control_flags(loaded: LoadedModel, choice: ControlChoice, place: int, streng
 
 def flag(name: str, value: object, unless: object = "") -> list[str]:
     """A flag and its value as words of a command line; nothing where the value is `unless`, its default."""
-    if value == unless:
-        return []
-    return [f"--{name}={value}"] if str(value).startswith("-") else [f"--{name}", str(value)]
+    return [] if value == unless else flag_words(f"--{name}", str(value))

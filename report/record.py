@@ -7,7 +7,6 @@ what cannot be read is left out. Only `config.json` has to be there.
 import contextlib
 import dataclasses
 import math
-import shlex
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from config import PRESETS, Config, flag_name
+from flag_types import flag_words
+from training.console import shell_line
 from training.history import read_history
 from training.records import read_metrics, sudden_convergence
 from weights.configs import CheckpointError
@@ -116,11 +117,13 @@ class RunRecord:
         lines = {
             "train longer" if finished else "resume": ["train.py", "--resume", run]
             + (["--steps", str(2 * steps)] if finished else []),
-            "draw": ["sampler.py", "--model", run, "--hint", hint, "--prompt", prompt or "...", "--out", "samples"],
+            "draw": ["sampler.py", "--model", run, "--hint", hint]
+            + (["--hint-scale", "0"] if self.settings.get("hint_scale") else [])  # the run's hint.png is scaled already
+            + [*flag_words("--prompt", prompt or "..."), "--out", "samples"],
             "export for other programs": ["merge.py", "extract", run, "control.safetensors", "--half"],
             "export with the base": ["merge.py", "export", run, "exported"],
         }
-        return {name: shlex.join(["python", *words]) for name, words in lines.items()}
+        return {name: shell_line(["python", *words]) for name, words in lines.items()}
 
 
 def _table(value: Any) -> dict[str, Any]:
@@ -136,8 +139,12 @@ def read_record(run: str | Path, entries: Sequence[dict[str, Any]] | None = None
     """Read what the folder `run` tells. `entries`: its metrics, if they are in memory. CheckpointError if `run` is not
     the folder of a run."""
     settings, history = load_run(run), read_history(run)
-    memory = [e for e in history if type(e.get("memory_gib")) in (int, float)]
-    memory = [{"step": e["step"], "memory_gib": float(e["memory_gib"])} for e in memory]
+    memory: list[dict[str, Any]] = []
+    for entry in history:
+        if "start" in entry:  # what was measured later than a step from which the run was resumed is not part of it
+            memory = [earlier for earlier in memory if earlier["step"] <= entry["step"]]
+        elif type(entry.get("memory_gib")) in (int, float):
+            memory.append({"step": entry["step"], "memory_gib": float(entry["memory_gib"])})
     state: dict[str, Any] = {}
     for folder in list_checkpoints(run)[::-1]:
         with contextlib.suppress(CheckpointError, OSError):

@@ -54,6 +54,16 @@ def test_images_against_the_pipeline(capsys):
     assert all(float(v.split()[0]) > 0 for k, v in seen.items() if k not in ("model", "machine")) and len(seen) == 8
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["step --resolution -64", "step --repeat 0", "memory --batch-size 0", "memory --repeat -1", "sample --steps 0"],
+)
+def test_numbers_out_of_their_range_are_one_line(words, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(words.split())
+    assert f"{words.split()[1]}: is {words.split()[2]}, should be" in " ".join(capsys.readouterr().err.split())
+
+
 def test_the_loader(capsys):
     """Each layout, many rows that share a few images, and what an H100 takes, which falls with the size."""
     seen = run(capsys, "data", "--resolution", "32", "--count", "16")

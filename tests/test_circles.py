@@ -42,6 +42,11 @@ def test_measure():
     assert abs(smaller.iou - 0.9) < 0.01
 
 
+def test_sizes_that_no_network_computes_are_judged_at_the_nearest(model_file, capsys):
+    circles.main(["judge", str(model_file), "--count", "1", "--steps", "1", "--size", "50x30", "--device", "cpu"])
+    assert "hints of 64x32" in capsys.readouterr().out
+
+
 def test_held_out_circles_can_be_judged():
     for circle in circles.held_out(20):
         assert circles.distinct(circle)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shlex
 import tarfile
@@ -26,6 +27,7 @@ from drawing.request import ControlRequest, Request, command_line, parse
 from ldm import ModelConfig
 from tests.fuzz_inputs import save_micro_model
 from toy import circles
+from training.console import shell_line
 from training.images import DataError
 from weights import CheckpointError, ModelSource, load_control, load_model
 from weights.writing import save_safetensors
@@ -287,6 +289,22 @@ def test_what_decides_about_the_pixels_decides_whether_a_picture_is_drawn_again(
         model.control_model.zero_convs[0][0].weight.add_(1e-3)
         model.vae.post_quant_conv.bias.add_(1e-3)
     assert weights_digest(model.control_model) != before[0] and weights_digest(model.unet) == before[1]
+
+
+def test_a_flag_that_does_not_count_is_told(runs, capsys):
+    """In a model that is no run the first --control takes the place of its ControlNet, with the flags before it."""
+    controls("--hint", "x", "--strength", "0.5", "--control", "A", "--hint", "y")
+    assert capsys.readouterr().out.startswith("--hint before --control A does not count: that ControlNet takes the ")
+    controls("--hint", "x", "--control", "A", "--hint", "x", "--control", "B", "--hint", "y")
+    controls("--hint", "x", "--control", "A", "--hint", "y", model="run")
+    assert not capsys.readouterr().out
+
+
+def test_command_lines_can_be_pasted_on_windows_too(monkeypatch):
+    words = ["python", "sampler.py", "--prompt", 'a "red" circle', "--model", "C:\\my runs\\demo"]
+    assert shlex.split(shell_line(words)) == words
+    monkeypatch.setattr(os, "name", "nt")
+    assert shell_line(words) == 'python sampler.py --prompt "a \\"red\\" circle" --model "C:\\my runs\\demo"'
 
 
 def test_a_data_set_gives_hints_and_prompts(files, tmp_path):

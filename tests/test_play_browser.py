@@ -146,6 +146,12 @@ def test_undo_redo_clear_and_the_other_tools(tab):
     assert canvas(tab).min() == 255
     tab.click("#undo")
     assert np.array_equal(canvas(tab), 255 - states[4])
+    tab.click("#undo")  # of the colours, with which pen and eraser go
+    assert np.array_equal(canvas(tab), states[4]) and tab.run("document.getElementById('colors').value") == "black"
+    tab.key("p")
+    left, top, width, height = tab.box("#canvas")
+    tab.drag(at(0.1, 0.05), at(0.5, 0.05), at(0.9, 0.05))
+    assert (canvas(tab)[..., 0] > 0).sum() > (states[4][..., 0] > 0).sum()
 
 
 def test_drawing_with_the_keyboard_alone(tab):
@@ -240,6 +246,24 @@ def test_compare_history_and_several_hints(tab):
     assert tab.run("document.getElementById('seed').value") == "0"
     draw(tab)
     assert np.array_equal(pictures(tab)[0], single)
+
+
+def test_a_size_that_was_typed_counts_when_a_key_draws(tab):
+    """The field has not been left, so that no `change` came."""
+    choose(tab, "steps", 1)
+    draw_circle(tab, 0.5, 0.5, 0.3)
+    tab.run("document.getElementById('size').focus(); document.getElementById('size').value = '64'")
+    tab.key("Enter", modifiers=2)
+    tab.wait("document.getElementById('status').textContent === 'done'")
+    assert pictures(tab)[0].shape == canvas(tab).shape == (64, 64, 3)
+    assert "--resolution 64x64" in tab.run("document.getElementById('command').textContent")
+    tab.click("#reuse")
+    tab.wait("document.querySelectorAll('#tabs button').length === 1")
+    tab.click("#add")
+    assert canvas(tab).shape == (64, 64, 3)
+    tab.run("document.getElementById('size').value = 'large'")
+    tab.key("Enter", modifiers=2)
+    tab.wait("document.getElementById('error').textContent.includes('The size should be')")
 
 
 def test_cancel_errors_and_a_tab_that_is_closed(tab, served):

@@ -5,6 +5,8 @@ import io
 import json
 import math
 import re
+import shlex
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import config as config_module
 import report.page
 import train
 from config import Config, ConfigError
+from drawing.request import parse
 from report.charts import nice_ticks, running_mean, short, thin
 from report.page import write_report
 from report.pictures import ImageLog, list_grids, save_animation
@@ -253,6 +256,29 @@ def test_grids_that_cannot_be_read_are_left_out(tmp_path):
     Image.new("RGB", (8, 8)).save(log / "step-000013.png", "GIF")
     Image.new("1", (20_000, 20_000)).save(log / "step-000014.png")
     assert data_of(write_report([run]))["logs"][0]["steps"] == [0, 20]
+
+
+def test_the_commands_of_a_run_whose_hints_have_a_scale(evil_run, tmp_path):
+    """Its hint.png is scaled already; and a prompt may look like a flag."""
+    run = shutil.copytree(evil_run, tmp_path / "run")
+    drawing = lambda: shlex.split(read_record(run).commands("-x")["draw"])
+    assert "--hint-scale" not in drawing() and "--prompt=-x" in drawing()
+    settings = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(settings | {"hint_scale": 20.0}))
+    request = parse(drawing()[2:])
+    assert request.controls[0].hint_scale == 0 and request.prompt == "-x"
+
+
+def test_what_a_resume_gave_up_is_not_in_the_report(tmp_path):
+    """Resumed at 300 after 1000 steps, and stopped at 400: memory measured on the other way is not the run's."""
+    (tmp_path / "config.json").write_text(json.dumps({"base": "b", "steps": 1000}))
+    entries = [{"step": 0, "start": "a"}, *({"step": s, "memory_gib": s / 1000} for s in (300, 600, 1000))]
+    entries += [{"step": 300, "start": "b"}, {"step": 400, "memory_gib": 0.5}]
+    (tmp_path / "history.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 400, "loss": 0.1}\n')
+    record = read_record(tmp_path)
+    assert record.end == 400 and record.series("memory_gib") == ([300, 400], [0.3, 0.5])
+    assert "resume" in record.commands("p")
 
 
 def test_a_run_of_which_only_the_settings_are_there(tmp_path):

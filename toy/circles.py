@@ -264,6 +264,7 @@ def judge(
         raise CheckpointError(f"{run}: has no ControlNet that could be judged")
     settings = load_run(run) if is_run(run) else {}
     size = size or data.parse_resolution(settings.get("resolution", model.config.resolution))
+    size = data.fit_size(size, model.config.multiple)
     circles = held_out(count)
     with tqdm(total=2 * count, desc="drawing", unit="image", disable=None) as bar:
         base_images = draw_all(model, circles, False, size, steps, bar.update, kind)

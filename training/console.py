@@ -12,8 +12,10 @@ lacks. `protect_output` makes all of that harmless for the whole process.
 import contextlib
 import os
 import re
+import shlex
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TextIO
 
 from training.files import one_line
@@ -78,6 +80,11 @@ def exit_status(
             raise
         message = f"{describe_out_of_memory(e)}; {leaner}"
     return f"{name}: {message}"
+
+
+def shell_line(words: Sequence[str]) -> str:
+    """Words as a command that can be pasted: into cmd.exe on Windows, elsewhere into a POSIX shell."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -16,13 +16,13 @@ import glob
 import itertools
 import os
 import re
-import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training.console import shell_line
 from training.files import DataError, natural_order, one_line, read_bytes
 from training.pairs import read_pairs
 from training.rows import EMPTY, IMAGE_ENDINGS, RESERVED, Row, check_texts, find_file, further_keys, inside_of
@@ -168,12 +168,12 @@ def _advice(folder: Path) -> str:
     of = lambda *endings: [entry.name for entry in entries if entry.name.lower().endswith(endings)]
     folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     if tables := of(*READERS):
-        return f"; --data {shlex.quote(str(folder / tables[0]))} would read that table"
+        return f"; --data {shell_line([str(folder / tables[0])])} would read that table"
     if len(folders) > 1:
-        targets, hints = (shlex.quote(str(folder / name)) for name in folders[:2])
+        targets, hints = (shell_line([str(folder / name)]) for name in folders[:2])
         return f"; of two folders of images one is --data, such as {hints}, and the other --hints, such as {targets}"
     if of(*IMAGE_ENDINGS):
-        return f"; `python data.py hints {shlex.quote(str(folder))} OUT --kind canny` makes photos a data set"
+        return f"; `python data.py hints {shell_line([str(folder)])} OUT --kind canny` makes photos a data set"
     return ""
 
 

@@ -1,12 +1,13 @@
 """What a run tells its user at the start and at the end."""
 
 import os
-import shlex
 import sys
 from pathlib import Path
 
 import data
 from config import Config
+from flag_types import flag_words
+from training.console import shell_line
 from training.records import Metrics, sudden_convergence, turned_at
 from training.setup import Trainer
 from weights.runs import list_checkpoints, load_run, newest_checkpoint, step_of
@@ -85,14 +86,14 @@ def report(
         print(f"stopped before the first checkpoint: {run} has nothing to resume from")
         return
     if saved < steps:
-        print(f"stopped at step {saved} of {steps}; to continue: {python} train.py --resume {shlex.quote(str(run))}")
+        print(f"stopped at step {saved} of {steps}; to continue: {python} train.py --resume {shell_line([str(run)])}")
         return
     hint = data.save_hint(run / "hint", samples.dataset.hint(item))
     draw = [python, "sampler.py", "--model", str(run), "--hint", str(hint)]
     draw += ["--hint-scale", "0"] if load_run(run).get("hint_scale") else []  # what was saved is scaled already
-    draw += ["--prompt", samples.dataset.prompt(item), "--out", f"samples/{run.name}"]
+    draw += [*flag_words("--prompt", samples.dataset.prompt(item)), "--out", f"samples/{run.name}"]
     pictures = ", ".join(str(path) for path in (run / "image_log", run / "curves.png") if path.exists())
     print(f"page:      {run / 'report.html'}")
     if pictures:
         print(f"pictures:  {pictures}")
-    print(f"trained:   {newest_checkpoint(run) / 'trained.safetensors'}\ndraw:      {shlex.join(draw)}")
+    print(f"trained:   {newest_checkpoint(run) / 'trained.safetensors'}\ndraw:      {shell_line(draw)}")
