@@ -40,7 +40,7 @@ play: .venv/.run  ## open a page, draw a hint on it and see the ControlNet obey:
 	$(PY) play.py --model $(MODEL) $(ARGS)
 
 sample: .venv/.run  ## draw with a trained one: [MODEL=] [HINT=] [PROMPT=] [OUT=] [ARGS=]
-	$(PY) sampler.py --model $(MODEL) --hint $(HINT) $(if $(filter $(MODEL)/hint.png,$(HINT)),--hint-scale 0) --prompt "$(PROMPT)" $(if $(OUT),--out $(OUT)) $(ARGS)
+	$(PY) sampler.py --model $(MODEL) --hint $(HINT) $(if $(filter $(MODEL)/hint.png $(MODEL)/hint.npy,$(HINT)),--hint-scale 0) --prompt "$(PROMPT)" $(if $(OUT),--out $(OUT)) $(ARGS)
 
 data: .venv/.run  ## make the demo's data set, data/circles
 	$(PY) -m toy.circles make data/circles $(ARGS)

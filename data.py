@@ -166,7 +166,7 @@ class FolderDataset(Framed):
         return hint, Reading(3, "white", max_pixels=bound)
 
     def load_item(self, i: int, target: bool = True, variant: int = 0, raw: bool = False) -> dict[str, Any]:
-        """Item i: dict(txt, hint, jpg and the further keys of its row); without jpg if `target` is False."""
+        """Item i: dict(txt, hint, jpg, further keys of its row); without `target` no jpg; `raw`: pixels in uint8."""
         item = {k: v for k, v in self.rows[i].extra.items() if k in self._extra_keys}
         item |= self.told_sizes(self.framing(i, variant)) | dict(txt=self.prompt(i), hint=self.hint(i, variant, raw))
         return item | (dict(jpg=self.target(i, variant, raw)) if target else {})

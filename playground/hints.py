@@ -121,7 +121,7 @@ class ValidationHints:
     """The hints that the run `settings` held out. Where its data set is not there, there are none, and `note` says
     why."""
 
-    def __init__(self, settings: dict[str, Any]):
+    def __init__(self, settings: dict[str, Any], count: int | None = None):
         self.dataset: data.FolderDataset | None = None
         self.numbers: list[int] = []
         self.note = ""
@@ -137,9 +137,10 @@ class ValidationHints:
                 settings.get("follow_links", False), MAX_PIXELS / 1e6, settings.get("columns", ""),
                 settings.get("hints", ""),
             )  # fmt: skip
-            count = len(held_out(len(self.dataset), settings.get("validation", 8)))
+            count = len(held_out(len(self.dataset), settings.get("validation", 8))) if count is None else count
             usable = (i for i in reversed(range(len(self.dataset))) if self._trained(i, settings.get("skip_bad_rows")))
             self.numbers = sorted(itertools.islice(usable, count))[:MAX_SHOWN]
+            self.note = "" if self.numbers else "None of the pairs of the run can be read."
         except (ValueError, OSError, TypeError) as e:
             self.note = f"The data set of the run is not there: {images.one_line(e)[:200]}."
 

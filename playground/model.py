@@ -10,6 +10,7 @@ from ldm import ControlLDM, compute_dtype_for, use_tf32
 from lowvram.process import disable_malloc_trim
 from playground.hints import ValidationHints, describe_annotators
 from sampler import SOLVERS, SPACINGS
+from training.history import read_history
 from training.images import Reading, Size
 from weights import ModelSource, load_control, load_model
 from weights.runs import is_run, load_run
@@ -103,7 +104,14 @@ def load(choices: Choices) -> LoadedModel:
     size = data.parse_resolution(run.get("resolution") or str(model.config.resolution))
     controls = tuple(_offered(path, net) for path, net in nets)
     size = data.fit_size(size, model.config.multiple)
-    return LoadedModel(choices, model, controls, ValidationHints(run), size)
+    return LoadedModel(choices, model, controls, ValidationHints(run, held_out_count(choices.model)), size)
+
+
+def held_out_count(run: str) -> int | None:
+    """How many pairs a run held out, as it noted at its last start; None if it did not."""
+    facts = [entry["data"] for entry in read_history(run) if isinstance(entry.get("data"), dict)]
+    counts = [fact["validation"] for fact in facts if isinstance(fact.get("validation"), int)]
+    return counts[-1] if counts else None
 
 
 def _offered(path: str, net: ControlNet) -> OfferedControl:

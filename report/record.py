@@ -18,6 +18,7 @@ from flag_types import flag_words
 from training.console import shell_line
 from training.history import read_history
 from training.records import read_metrics, sudden_convergence
+from training.run_folder import hint_flags
 from weights.configs import CheckpointError
 from weights.runs import list_checkpoints, load_run, load_state, step_of
 
@@ -112,14 +113,13 @@ class RunRecord:
     def commands(self, prompt: str) -> dict[str, str]:
         """What one can do with the run, as command lines by what they do."""
         run, steps = str(self.path), self.settings.get("steps", 0)
-        hint = next((str(p) for p in (self.path / "hint.png", self.path / "hint.npy") if p.is_file()), "hint.png")
+        saved = [p for p in (self.path / "hint.png", self.path / "hint.npy") if p.is_file()]
+        hint = hint_flags(saved[0], self.settings.get("hint_scale", 0)) if saved else ["--hint", "hint.png"]
         finished = isinstance(steps, int) and self.end >= steps
         lines = {
             "train longer" if finished else "resume": ["train.py", "--resume", run]
             + (["--steps", str(2 * steps)] if finished else []),
-            "draw": ["sampler.py", "--model", run, "--hint", hint]
-            + (["--hint-scale", "0"] if self.settings.get("hint_scale") else [])  # the run's hint.png is scaled already
-            + [*flag_words("--prompt", prompt or "..."), "--out", "samples"],
+            "draw": ["sampler.py", "--model", run, *hint, *flag_words("--prompt", prompt or "..."), "--out", "samples"],
             "export for other programs": ["merge.py", "extract", run, "control.safetensors", "--half"],
             "export with the base": ["merge.py", "export", run, "exported"],
         }

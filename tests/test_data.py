@@ -280,7 +280,9 @@ def test_further_images_of_an_item_are_framed_as_its_hint_is(flipped):
     hint = rng.random((h, w, 3), dtype=np.float32)
     keys = {
         "last": hint, "first": torch.from_numpy(hint).permute(2, 0, 1), "half": torch.from_numpy(hint).bfloat16(),
-        "flat": hint[..., 0], "bytes": (hint * 255).astype(np.uint8), "classes": rng.integers(0, 5, (h, w)),
+        "flat": hint[..., 0], "leaf": torch.from_numpy(hint).requires_grad_(),
+        "ids": rng.integers(2**40, 2**62, (h, w)),
+        "bytes": (hint * 255).astype(np.uint8), "classes": rng.integers(0, 5, (h, w)),
         "mask": torch.from_numpy(hint[..., 0] > 0.5), "vector": np.arange(4.0), "square": np.eye(4), "number": 3,
         "y": np.zeros(3), "context": np.zeros(3),
     }  # fmt: skip
@@ -293,10 +295,15 @@ def test_further_images_of_an_item_are_framed_as_its_hint_is(flipped):
         assert torch.equal(item["first"], torch.from_numpy(expected.transpose(2, 0, 1).copy()))
         assert item["half"].dtype == torch.bfloat16 and np.allclose(item["half"].float(), expected, atol=0.01)
         assert item["bytes"].dtype == np.uint8 and np.allclose(item["bytes"] / 255, expected, atol=0.01)
+        assert np.array_equal(item["leaf"].detach().numpy(), expected)
+        assert item["ids"].shape == expected.shape[:2] and np.isin(item["ids"], keys["ids"]).all()
         assert item["classes"].dtype == np.int64 and set(np.unique(item["classes"])) <= set(range(5))
         assert item["mask"].dtype == torch.bool and item["mask"].shape == expected.shape[:2]
         assert item["vector"].shape == (4,) and item["square"].shape == (4, 4) and item["number"] == 3
         assert "y" not in item and "context" not in item  # names of what the loop puts into a batch are not free
+        labels = ArrayDataset(dataset.dataset, size, hint_resample="nearest")
+        labels.framings = dataset.framings
+        assert np.isin(labels.load_item(0, variant=int(flipped))["bytes"], keys["bytes"]).all()
     whole = [ArrayDataset([dict(jpg=hint, txt="p", hint=hint, **keys)], size)[0] for size in ((40, 24), (20, 12))]
     assert whole[0]["classes"] is keys["classes"] and whole[1]["classes"].shape == (12, 20)
 

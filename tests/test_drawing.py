@@ -301,10 +301,12 @@ def test_a_flag_that_does_not_count_is_told(runs, capsys):
 
 
 def test_command_lines_can_be_pasted_on_windows_too(monkeypatch):
-    words = ["python", "sampler.py", "--prompt", 'a "red" circle', "--model", "C:\\my runs\\demo"]
-    assert shlex.split(shell_line(words)) == words
+    words = ["python", "sampler.py", "--prompt", "a red & blue circle", "--model", "C:\\my runs\\", "--out", "C:\\x"]
+    prompts = ['a "red" circle', "%PATH%", "$(calc)", "two\nlines"]
+    assert shlex.split(shell_line([*words, *prompts])) == words + prompts
     monkeypatch.setattr(os, "name", "nt")
-    assert shell_line(words) == 'python sampler.py --prompt "a \\"red\\" circle" --model "C:\\my runs\\demo"'
+    line = 'python sampler.py --prompt "a red & blue circle" --model "C:\\my runs\\\\" --out C:\\x'
+    assert shell_line(words) == line and shell_line(prompts) == " ".join(['"..."'] * 4)
 
 
 def test_a_data_set_gives_hints_and_prompts(files, tmp_path):

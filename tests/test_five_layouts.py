@@ -185,9 +185,15 @@ def test_a_folder_that_is_no_data_set_is_told_what_to_name(five, tmp_path):
     shutil.copytree(Path(five["Fill50K"]["data"]) / "target", root / "two/photos")
     shutil.copytree(Path(five["Fill50K"]["data"]) / "source", root / "two/edges")
     shutil.copy(root / "two/photos/0.png", root / "photos")
+    (root / "photos/0.json").touch()  # a caption of it, and no table
+    (root / "two/empty").mkdir()
     for name in ("b.csv", "a.csv", "0.png"):
         (root / "tables" / name).touch()
-    advice = ["--data '{}/a.csv' would read", "--hints, such as '{}/edges'", "data.py hints '{}' OUT --kind canny", ""]
+    advice = [
+        "; '{0}/a.csv', named itself, would be read as a table",
+        "; of '{0}/edges' and '{0}/photos' name the targets, and",
+        "; `python data.py hints '{0}' OUT --kind canny`", "",
+    ]  # fmt: skip
     for folder, words in zip(folders, advice, strict=True):
         with pytest.raises(data.DataError) as e:
             data.FolderDataset(folder)

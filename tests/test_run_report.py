@@ -267,6 +267,8 @@ def test_the_commands_of_a_run_whose_hints_have_a_scale(evil_run, tmp_path):
     (run / "config.json").write_text(json.dumps(settings | {"hint_scale": 20.0}))
     request = parse(drawing()[2:])
     assert request.controls[0].hint_scale == 0 and request.prompt == "-x"
+    (run / "hint.png").unlink()  # it stops before its end: the hint is one of the user's
+    assert "--hint-scale" not in drawing() and "hint.png" in drawing()
 
 
 def test_what_a_resume_gave_up_is_not_in_the_report(tmp_path):

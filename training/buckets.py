@@ -179,7 +179,8 @@ class Framed:
 
 def frame_keys(extra: dict[str, Any], framing: Framing, resample: str) -> dict[str, Any]:
     """Further keys of an item. Arrays and tensors of the target's height and width, (H,W), (H,W,C) or (C,H,W), are
-    scaled, cut and flipped as its hint is; other values stay as they are. `resample`: a name in RESAMPLE."""
+    scaled, cut and flipped; other values stay as they are. Floats and uint8 are pixels and scaled as the hint is, by
+    `resample` (a name in RESAMPLE); of other whole numbers and of bools, which are classes, the nearest is taken."""
     moved = framing.native != framing.size or framing.flipped
     return {name: _frame(value, framing, resample) if moved else value for name, value in extra.items()}
 
@@ -190,11 +191,16 @@ def _frame(value: Any, framing: Framing, resample: str) -> Any:
     if axes is None:
         return value
     if isinstance(value, torch.Tensor):
-        array = value.float() if value.is_floating_point() else value
+        array = value.detach().float() if value.is_floating_point() else value
         return torch.from_numpy(_frame(array.numpy(), framing, resample)).to(value.dtype)
+    scale = lambda planes, how: resize(planes, framing.size, RESAMPLE[how], framing.position, framing.flipped)
     planes = np.moveaxis(value, axes, (0, 1)).reshape(*size, -1)
-    if value.dtype != np.uint8:
-        resample = resample if value.dtype.kind == "f" else "nearest"  # numbers of classes are not mixed
-        planes = planes.astype(np.float32)
-    planes = resize(planes, framing.size, RESAMPLE[resample], framing.position, framing.flipped).astype(value.dtype)
+    if value.dtype == np.uint8:
+        planes = scale(planes, resample)
+    elif value.dtype.kind == "f":
+        planes = scale(planes.astype(np.float32), resample).astype(value.dtype)
+    else:  # from which row and column each value comes
+        places = np.stack(np.indices(size), axis=-1).astype(np.float32)
+        rows, columns = np.moveaxis(scale(places, "nearest").astype(int), -1, 0)
+        planes = planes[rows, columns]
     return np.moveaxis(planes if len(shape) == 3 else planes[..., 0], (0, 1), axes).copy()

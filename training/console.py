@@ -13,7 +13,6 @@ import contextlib
 import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TextIO
@@ -83,8 +82,17 @@ def exit_status(
 
 
 def shell_line(words: Sequence[str]) -> str:
-    """Words as a command that can be pasted: into cmd.exe on Windows, elsewhere into a POSIX shell."""
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+    """Words as a command that can be pasted: into a POSIX shell, or on Windows into cmd.exe and PowerShell. Words with
+    characters that the two read differently even within quotes become "..." there."""
+    return shlex.join(words) if os.name != "nt" else " ".join(map(_quoted_on_windows, words))
+
+
+def _quoted_on_windows(word: str) -> str:
+    if re.fullmatch(r"[\w./:\\=+@-]+", word):
+        return word
+    if re.search(r'["%$`\x00-\x1f\u201c-\u201e]', word):
+        return '"..."'
+    return f'"{word}\\"' if word.endswith("\\") else f'"{word}"'
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -163,18 +163,22 @@ def _advice(folder: Path) -> str:
     """What to name instead, to judge by what is in a folder that is no data set."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: natural_order(entry.name))
+        folders = [entry.path for entry in entries if entry.is_dir() and _holds_images(entry.path)]
     except OSError:
         return ""
-    of = lambda *endings: [entry.name for entry in entries if entry.name.lower().endswith(endings)]
-    folders = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-    if tables := of(*READERS):
-        return f"; --data {shell_line([str(folder / tables[0])])} would read that table"
-    if len(folders) > 1:
-        targets, hints = (shell_line([str(folder / name)]) for name in folders[:2])
-        return f"; of two folders of images one is --data, such as {hints}, and the other --hints, such as {targets}"
-    if of(*IMAGE_ENDINGS):
-        return f"; `python data.py hints {shell_line([str(folder)])} OUT --kind canny` makes photos a data set"
+    named = lambda path: shell_line([str(path)])
+    tables = [entry.path for entry in entries if entry.name.lower().endswith((".csv", ".tsv", ".jsonl"))]
+    if tables:
+        return f"; {named(tables[0])}, named itself, would be read as a table"
+    if len(folders) == 2:
+        return f"; of {named(folders[0])} and {named(folders[1])} name the targets, and the hints by --hints"
+    if _holds_images(folder):
+        return f"; `python data.py hints {named(folder)} OUT --kind canny` makes photos a data set"
     return ""
+
+
+def _holds_images(folder: str | Path) -> bool:
+    return any(entry.name.lower().endswith(IMAGE_ENDINGS) for entry in itertools.islice(os.scandir(folder), 1000))
 
 
 def _found_in(folder: Path) -> str:

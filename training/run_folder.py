@@ -5,7 +5,7 @@ RUN/metrics.jsonl    what was measured, one line a step
 RUN/history.jsonl    machine, versions and data of each start, and memory over time
 RUN/report.html      the page of the run: curves, images, settings, commands
 RUN/curves.png       loss and control gain
-RUN/image_log/       a grid of images for each measurement
+RUN/image_log/       a grid of images for each measurement; those later than the step of a resume are removed
 RUN/progress.gif     the images of the image log, one after the other
 RUN/checkpoints/     see training/checkpoints.py
 RUN/set_aside/       checkpoints later than the one that a resume chose
@@ -54,10 +54,11 @@ class RunFolder:
     def remove_later_images(self, step: int) -> None:
         """Remove the pictures of the image log that are later than `step`, with which the run goes on: its settings may
         be others now."""
-        for path in self.path.glob("image_log/step-*.png"):
-            number = path.stem.removeprefix("step-")
-            if number.isdecimal() and int(number) > step:
-                _remove(path)
+        with self.guard("image_log"):
+            for path in self.path.glob("image_log/step-*.png"):
+                number = path.stem.removeprefix("step-")
+                if number.isdecimal() and int(number) > step:
+                    _remove(path)
 
     def save_config(self) -> None:
         save_json(self.path / "config.json", dataclasses.asdict(self.config) | {"device": self.device})
@@ -99,6 +100,12 @@ class RunFolder:
                     path.unlink(missing_ok=True)
                 with contextlib.suppress(OSError):  # nothing came of the run: an empty folder need not stay
                     self.path.rmdir()
+
+
+def hint_flags(hint: Path, hint_scale: float) -> list[str]:
+    """The flags of sampler.py for a hint that a run saved, whose numbers are brought to 0 to 255 by the run's
+    `hint_scale` already."""
+    return ["--hint", str(hint), *(["--hint-scale", "0"] if hint_scale else [])]
 
 
 def _remove(path: Path) -> None:

@@ -9,6 +9,7 @@ from config import Config
 from flag_types import flag_words
 from training.console import shell_line
 from training.records import Metrics, sudden_convergence, turned_at
+from training.run_folder import hint_flags
 from training.setup import Trainer
 from weights.runs import list_checkpoints, load_run, newest_checkpoint, step_of
 
@@ -89,8 +90,7 @@ def report(
         print(f"stopped at step {saved} of {steps}; to continue: {python} train.py --resume {shell_line([str(run)])}")
         return
     hint = data.save_hint(run / "hint", samples.dataset.hint(item))
-    draw = [python, "sampler.py", "--model", str(run), "--hint", str(hint)]
-    draw += ["--hint-scale", "0"] if load_run(run).get("hint_scale") else []  # what was saved is scaled already
+    draw = [python, "sampler.py", "--model", str(run), *hint_flags(hint, load_run(run).get("hint_scale", 0))]
     draw += [*flag_words("--prompt", samples.dataset.prompt(item)), "--out", f"samples/{run.name}"]
     pictures = ", ".join(str(path) for path in (run / "image_log", run / "curves.png") if path.exists())
     print(f"page:      {run / 'report.html'}")
