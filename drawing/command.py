@@ -64,14 +64,15 @@ def tell_long_prompts(request: Request, loaded: Loaded, pictures: Sequence[Pictu
 
 def tell_large_pictures(request: Request, pictures: Sequence[Picture]) -> None:
     """Print a line where pictures become much larger than the images of the run that is drawn with, and nobody chose
-    that: their size is that of a hint or of the first picture."""
+    that: their size is that of a hint, of the first picture or of the model."""
     trained = load_run(request.model).get("resolution") if is_run(request.model) else None
     if request.resolution or not trained:
         return
     area = math.prod(data.parse_resolution(trained))
     largest = max(pictures, key=lambda picture: math.prod(picture.size))
     if math.prod(largest.size) > 2 * area:
-        size, of = "x".join(map(str, largest.size)), "--init" if largest.init else "the hint"
+        size = "x".join(map(str, largest.size))
+        of = "--init" if largest.init else "the hint" if largest.hints else "the model"
         print(f"drawn at {size}, the size of {of}, though trained at {trained}: --resolution {trained} takes less")
 
 

@@ -118,8 +118,8 @@ def to_png(hint: np.ndarray) -> bytes:
 
 
 class ValidationHints:
-    """The hints that the run `settings` held out. Where its data set is not there, there are none, and `note` says
-    why."""
+    """The hints that the run `settings` held out, its last `count` (None: as many as `validation` asks for). Where its
+    data set is not there, there are none, and `note` says why."""
 
     def __init__(self, settings: dict[str, Any], count: int | None = None):
         self.dataset: data.FolderDataset | None = None

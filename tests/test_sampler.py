@@ -183,6 +183,8 @@ def test_pictures_much_larger_than_a_run_trained_on_are_told(evil_run, tmp_path,
         sampler.main([*args, *more, "--out", str(tmp_path / "out"), "--overwrite"])
         line = "drawn at 96x64, the size of the hint, though trained at 32x32: --resolution 32x32 takes less"
         assert (line in capsys.readouterr().out) == told
+    sampler.main([*args[:2], *args[4:], "--out", str(tmp_path / "out"), "--overwrite"])
+    assert "drawn at 128x128, the size of the model, though trained at 32x32" in capsys.readouterr().out
 
 
 def test_a_hint_is_read_as_the_run_read_its_hints_and_what_is_cut_is_told(base, tmp_path, capsys, monkeypatch):
