@@ -179,8 +179,8 @@ def parse_play(argv: list[str] | None) -> argparse.Namespace:
 MODELS = ("sd15", "sd21", "sd21_v", "sdxl", "tiny")  # the keys of `ldm.MODELS`
 STEP_SETTINGS = {  # the settings of train.py on which the time of a step depends
     "device", "batch_size", "accumulate_grad_batches", "precision", "memory", "cache", "channels_last", "compile",
-    "gradient_checkpointing", "attention_slice", "optimizer_bits", "trained_weights", "optimizer_on_cpu", "stream",
-    "ema_decay", "only_mid_control", "sd_locked",
+    "cuda_graph", "gradient_checkpointing", "attention_slice", "optimizer_bits", "trained_weights", "optimizer_on_cpu",
+    "stream", "ema_decay", "only_mid_control", "sd_locked",
 }  # fmt: skip
 
 

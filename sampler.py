@@ -40,6 +40,7 @@ from ldm import SD15, ControlLDM, ModelConfig
 
 EpsModel = Callable[[Tensor, Tensor], Tensor]  # (x (B,4,h,w), t (B,) int64 or float32) -> eps (B,4,h,w)
 Schedule = Sequence[tuple[float, float]]  # see `make_schedule`
+_alphas: dict[tuple, Tensor] = {}  # what `alphas_tensor` returned
 
 
 # ---------------------------------------------------------------------------------------------------- noise schedule
@@ -48,12 +49,15 @@ def alphas_cumprod(config: ModelConfig = SD15, device: torch.device | str = "cpu
 
     `noise_schedule` in the precision of training and drawing.
     """
-    return alphas_tensor(config.linear_start, config.linear_end, config.timesteps, config.zero_terminal_snr).to(device)
+    schedule = config.linear_start, config.linear_end, config.timesteps, config.zero_terminal_snr
+    return alphas_tensor(*schedule, device)
 
 
-def alphas_tensor(start: float, end: float, timesteps: int, zero_terminal: bool) -> Tensor:
-    """The cumulated alphas of `noise_schedule`, (timesteps,) float32."""
-    return torch.from_numpy(noise_schedule(start, end, timesteps, zero_terminal)[1]).float()
+def alphas_tensor(start: float, end: float, timesteps: int, zero_terminal: bool, device: Any) -> Tensor:
+    """The cumulated alphas of `noise_schedule`, (timesteps,) float32, which are copied to `device` once."""
+    if (key := (start, end, timesteps, zero_terminal, device)) not in _alphas:
+        _alphas[key] = torch.from_numpy(noise_schedule(start, end, timesteps, zero_terminal)[1]).float().to(device)
+    return _alphas[key]
 
 
 def noise_schedule(start: float, end: float, timesteps: int, zero_terminal: bool) -> tuple[np.ndarray, np.ndarray]:

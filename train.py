@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 import data
 from ldm import ControlLDM, use_tf32
-from lowvram.estimate import choose_preset, describe_memory, plan, suggest_flags
+from lowvram.estimate import choose_preset, explain_oom, plan
 from lowvram.process import disable_malloc_trim, peak_memory
 from report.page import RunPage, write_report
 from sampler import alphas_cumprod, alphas_tensor, q_sample, velocity
@@ -52,6 +52,7 @@ from training.checkpoints import (
     set_later_aside,
 )
 from training.distributed import Ranks
+from training.graph import GradientGraph, is_recorded
 from training.health import cause_of_failure
 from training.history import History, dataset_facts, machine
 from training.interruption import Interruption
@@ -107,6 +108,17 @@ def compiled_loss(dynamic: bool = False) -> Callable[..., Tensor]:
     return torch.compile(diffusion_loss, dynamic=dynamic)
 
 
+def accumulate_gradient(
+    trainer: Trainer, loss_fn: Callable[..., Tensor], batch: dict[str, Tensor], last: bool
+) -> Tensor:
+    """Add the gradient of a micro-batch to that of the step, in which every loss is divided by the samples of the whole
+    step. Returns its part of the step's loss, (). `last`: the gradients are complete afterwards."""
+    loss = loss_fn(trainer.model, batch).sum() / trainer.config.batch
+    with trainer.home.offload_grads(last):
+        trainer.scaler.scale(loss.to(trainer.home.device)).backward()
+    return loss.detach()
+
+
 def learning_rate(config: Config, step: int) -> float:
     """The learning rate of step `step` (from 0): it rises during the warm-up, then stays or falls to a fiftieth, over
     `lr_steps` steps.
@@ -138,6 +150,10 @@ def training_loop(
     config, model, optimizer, scaler = trainer.config, trainer.model, trainer.optimizer, trainer.scaler
     home, health = trainer.home, trainer.health
     masters = home.masters.values()  # the weights that the optimizer moves
+    accumulate = functools.partial(accumulate_gradient, trainer, loss_fn)
+    if "cuda" in config.device and is_recorded(config) and not trainer.graph:
+        trainer.graph = GradientGraph(accumulate, trainer.trainable.values())
+    accumulate = trainer.graph or accumulate
     saved, skipped, error = trainer.step, 0, None
     with tqdm(total=config.steps, initial=trainer.step, desc="training", unit="step", disable=None) as bar:
         while trainer.step < config.steps:
@@ -145,7 +161,7 @@ def training_loop(
                 validation.measure(trainer.step)
             started = time.perf_counter()
 
-            # The gradient, summed over micro-batches. Every loss is divided by the samples of the whole step.
+            # The gradient, summed over micro-batches.
             loss = torch.zeros((), device=config.device)
             for i in range(config.accumulate_grad_batches):
                 try:
@@ -157,12 +173,9 @@ def training_loop(
                 parts = micro_batch if isinstance(micro_batch, list) else [micro_batch]
                 for k, samples in enumerate(parts, 1):  # one part, unless images have several sizes
                     batch = prepare_batch(model, samples, config.device, config.encode_batch_size)
-                    part_loss = loss_fn(model, batch).sum() / config.batch
                     last = i + 1 == config.accumulate_grad_batches and k == len(parts)
                     # gradients are final after the last part, unless the ranks have yet to sum them
-                    with home.offload_grads(last=last and ranks.count == 1):
-                        scaler.scale(part_loss.to(home.device)).backward()
-                    loss += part_loss.detach()
+                    loss += accumulate(batch, last and ranks.count == 1)
             if stopping:
                 zero_grad(trainer)
                 break
@@ -285,9 +298,8 @@ def train(
             with run_folder.guard("history.jsonl"):
                 facts = dataset_facts(config, samples, validation_items)
                 history.start(trainer.step, data=facts, machine=machine(config.device))
-            validation = Validation(
-                trainer, samples, validation_items, uncond, loss_fn, run_folder, metrics, history, page
-            )
+            parts = trainer, samples, validation_items, uncond, diffusion_loss, run_folder, metrics, history, page
+            validation = Validation(*parts)
             print_summary(trainer, samples, len(validation_items))
         end = trainer.samples + (config.steps - trainer.step) * config.batch
         loader = data.batches(
@@ -365,20 +377,6 @@ def model_source(config: Config, resume: Path | None) -> ModelSource:
         zero_terminal_snr=config.zero_terminal_snr, attach=True, hint_channels=config.hint_channels, seed=config.seed,
         control_depth="" if resume else config.control_depth,
     )  # fmt: skip
-
-
-@contextlib.contextmanager
-def explain_oom(config: Config, run: Path) -> Iterator[None]:
-    """When the GPU runs out of memory, raise CheckpointError with the settings that ran and flags that would fit."""
-    try:
-        yield
-    except torch.OutOfMemoryError as e:
-        kept = [f" (its last checkpoint, {folder.name}, is whole)" for folder in list_checkpoints(run)[-1:]]
-        raise CheckpointError(
-            f"{run}{''.join(kept)}: out of memory on {config.device} with {config.resolution}, batch "
-            f"{config.batch_size} x {config.accumulate_grad_batches}, {describe_memory(config)}; "
-            f"{peak_memory(config.device)} were used; {suggest_flags(config)} (--plan tells more)"
-        ) from e
 
 
 # --------------------------------------------------------------------------------------------------------------- CLI

@@ -6,6 +6,7 @@ nothing of a GPU, they are rehearsed.
 
 import contextlib
 import dataclasses
+import os
 import re
 import shlex
 import shutil
@@ -13,9 +14,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,8 +34,10 @@ from ldm import MODELS
 from lowvram import estimate, prediction, speed, tracking
 from lowvram.process import GIB
 from toy import circles
+from training.cache import prepare_batch
+from training.graph import GradientGraph, is_recorded
 from training.records import read_metrics
-from training.setup import zero_grad
+from training.setup import Trainer, zero_grad
 from weights import CheckpointError, load_state_dict
 from weights.runs import list_checkpoints, newest_checkpoint
 from weights.writing import save_safetensors
@@ -73,7 +78,7 @@ class Setting:
         file = self.path(f"{self.model}-random.safetensors")
         if not file.exists():
             torch.manual_seed(0)
-            state = {k: v.half() for k, v in random_model(self.model).state_dict().items()}
+            state = {k: v.half().cpu() for k, v in random_model(self.model, self.device).state_dict().items()}
             base = {k: v for k, v in state.items() if not k.startswith("control_model.")}
             save_safetensors(file, base, {"config": MODELS[self.model].to_json()})
         return file
@@ -102,8 +107,9 @@ def check_image(setting: Setting, **settings: Any) -> list[Row]:
 
 
 def check_memory(setting: Setting, preset: str) -> list[Row]:
-    """The most memory that steps with a preset allocate, beside what --plan predicts."""
-    config, size = setting.config(preset, batch_size=4), (setting.side, setting.side)
+    """The most memory that steps with a preset allocate, beside what --plan predicts; and where steps are recorded as a
+    CUDA graph, what PyTorch reserves for them."""
+    config, size = setting.config(preset, batch_size=4, cuda_graph=False), (setting.side, setting.side)
     predicted = estimate.predict(config, MODELS[setting.model], size)["training"].total
     torch.manual_seed(0)
     step = OurStep(config, setting.model)
@@ -117,11 +123,33 @@ def check_memory(setting: Setting, preset: str) -> list[Row]:
         reset_peak(setting.device)
         step()
         step()
+        measured = torch.cuda.max_memory_allocated(setting.device)
+    rows = [row_of_memory(f"memory of a step, --memory {preset}, batch {config.batch_size}", measured, predicted)]
+    config = dataclasses.replace(config, cuda_graph=True)
+    if is_recorded(config) and not setting.rehearsal:
+        del step
+        torch.cuda.empty_cache()
+        reset_peak(setting.device)
+        predicted = estimate.predict(config, MODELS[setting.model], size)["training"].total
+        step = OurStep(config, setting.model)
+        step()
+        step()
         measured = peak_since_reset(setting.device) * GIB
+        rows.append(
+            row_of_memory(
+                f"reserved for a CUDA graph, --memory {preset}, batch {config.batch_size}", measured, predicted
+            )
+        )
+    return rows
+
+
+def row_of_memory(what: str, measured: float, predicted: float) -> Row:
+    """Bytes that were measured beside those that were predicted."""
     ratio = measured / predicted
     fine = "within 10%" if 0.9 <= ratio <= 1.1 else "NOT within 10%"
-    what = f"memory of a step, --memory {preset}, batch {config.batch_size} (theirs: predicted)"
-    return [Row(what, f"{measured / GIB:.3f} GiB", f"{predicted / GIB:.3f} GiB", f"{ratio:.3f}", fine)]
+    return Row(
+        f"{what} (theirs: predicted)", f"{measured / GIB:.3f} GiB", f"{predicted / GIB:.3f} GiB", f"{ratio:.3f}", fine
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- correctness
@@ -206,6 +234,71 @@ def small_memory(setting: Setting) -> Iterator[int]:
         yield 2 * GIB
     finally:
         train.prepare_batch, estimate.gpu_memory = kept
+
+
+# --------------------------------------------------------------------------------------------------------- CUDA graph
+class RepeatedGraph(GradientGraph):
+    """A stand-in for rehearsals, where there is no GPU: its record is the function, computed again at each replay."""
+
+    def _record(self, inputs: dict[str, Tensor]) -> None:
+        def passes() -> tuple[Tensor, list[Tensor | None]]:
+            self._forget_gradients()
+            loss = self.accumulate(inputs, True)
+            return loss, [p.grad for p in self.parameters]
+
+        def replay() -> None:
+            loss, gradients = passes()
+            self.loss.copy_(loss)
+            for place, gradient in zip(self.gradients, gradients, strict=True):
+                if place is not None:
+                    place.copy_(gradient)
+
+        self.graph, self.inputs = SimpleNamespace(replay=replay), inputs
+        self.loss, self.gradients = passes()
+
+
+def check_graph(setting: Setting) -> list[Row]:
+    """A step that is recorded as a CUDA graph has the gradients of one that is not: with one micro-batch, with two, and
+    recorded anew. A loss that cannot be recorded is computed without."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        torch.manual_seed(0)
+        config = setting.config("16gb", batch_size=1 if setting.rehearsal else 4, cuda_graph=False)
+        step = OurStep(config, setting.model)
+        trainer, kind = step.trainer, RepeatedGraph if setting.rehearsal else GradientGraph
+        raw = next(step.batches)
+        other = raw | {name: t.flip(-1) for name, t in raw.items() if name in ("hint", "noise")}
+        batches = [prepare_batch(trainer.model, b, setting.device, 1) for b in (raw, other)]
+        accumulate = partial(train.accumulate_gradient, trainer, step.loss)
+        graph, rows = kind(accumulate, trainer.trainable.values()), []
+        for what, count, anew in (("one micro-batch", 1, 0), ("two micro-batches", 2, 0), ("recorded anew", 2, 1)):
+            if anew:
+                graph.release()
+            found = [summed(trainer, function, batches[-count:]) for function in (accumulate, graph)]
+            away = max((a - b).abs().max().item() for a, b in zip(*found, strict=True))
+            equal = all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+            rows.append(Row(f"a recorded step, {what}", "every bit is equal" if equal else f"{away:.2g} APART"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    if not setting.rehearsal:
+        asks = lambda model, batch: train.diffusion_loss(model, batch) * float(batch["noise"].sum() > -1e9)
+        broken = GradientGraph(partial(train.accumulate_gradient, trainer, asks), trainer.trainable.values())
+        found = summed(trainer, broken, batches[:1])
+        fine = broken.impossible and all(t.isfinite().all() for t in found)
+        rows.append(
+            Row("a loss that asks the GPU for a number", "computed without a graph" if fine else "NOT computed")
+        )
+    return rows
+
+
+def summed(trainer: Trainer, function: Callable[..., Tensor], batches: list[dict[str, Tensor]]) -> list[Tensor]:
+    """The loss and the gradients that `function` adds up over micro-batches."""
+    zero_grad(trainer)
+    loss = sum(function(batch, False).clone() for batch in batches)
+    gradients = [p.grad.clone() for p in trainer.trainable.values()]
+    zero_grad(trainer)
+    return [loss, *gradients]
 
 
 # ----------------------------------------------------------------------------------------------------------- streaming

@@ -37,6 +37,8 @@ def parts() -> dict[str, Part]:
     found: dict[str, Part] = {
         "limits": checks.check_limits,
         "step-bf16": step,
+        "graph": checks.check_graph,
+        "step-bf16-compile-channels-last": partial(step, compile=True, channels_last=True),
         "memory-16gb": partial(memory, preset="16gb"),
         "memory-8gb": partial(memory, preset="8gb"),
         "resume-exact": partial(resume, preset="exact"),
@@ -48,7 +50,8 @@ def parts() -> dict[str, Part]:
         "step-bf16-batch-16": partial(step, batch=16),
         "step-bf16-channels-last": partial(step, channels_last=True),
         "step-bf16-compile": partial(step, compile=True),
-        "step-bf16-compile-channels-last": partial(step, compile=True, channels_last=True),
+        "step-bf16-batch-16-compile-channels-last": partial(step, batch=16, compile=True, channels_last=True),
+        "step-bf16-no-cuda-graph": partial(step, cuda_graph=False),
         "step-tf32": partial(step, preset="exact", precision="tf32"),
         "step-fp32": partial(step, preset="exact"),
         "memory-exact": partial(memory, preset="exact"),

@@ -34,7 +34,9 @@ def synchronize(device: str) -> None:
 
 
 def breakdown(step: OurStep) -> dict[str, float]:
-    """Seconds of the parts of our step. Waiting for the GPU after each part makes the step a little slower."""
+    """Seconds of the parts of our step, which is then not recorded as a CUDA graph any more. Waiting for the GPU after
+    each part makes the step a little slower."""
+    step.trainer.graph, step.trainer.config.cuda_graph = None, False
     trainer, model, device = step.trainer, step.trainer.model, step.trainer.config.device
     parts = {
         "batch to the device": [(train, "prepare_batch")], "of which VAE": [(model.vae, "moments")],

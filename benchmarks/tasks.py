@@ -34,21 +34,21 @@ from weights import diffusers_folder
 GUIDANCE = 7.5
 
 
-def random_model(name: str) -> ControlLDM:
-    """A model of MODELS with small random weights, none of them zero."""
+def random_model(name: str, device: str = "cpu") -> ControlLDM:
+    """A model of MODELS on `device`, with small random weights, none of them zero."""
     with torch.device("meta"):
         model = ControlLDM(MODELS[name])
-    model.to_empty(device="cpu").requires_grad_(False)
+    model.to_empty(device=device).requires_grad_(False)
     for p in model.parameters():
         nn.init.normal_(p, std=0.02) if p.ndim > 1 else nn.init.ones_(p)
     return model
 
 
 class OurStep:
-    """A step of the loop in train.py, on one batch again and again."""
+    """A step of the loop in train.py, on one batch again and again, as the loader gives it."""
 
     def __init__(self, config: Config, name: str):
-        model, side = random_model(name), int(config.resolution)
+        model, side = random_model(name, config.device), int(config.resolution)
         if config.cache:
             cache.release_encoders(model)
         else:
@@ -56,8 +56,11 @@ class OurStep:
                 part.to(config.device, compute_dtype_for(config.precision, config.device))
         batch = prediction.fake_batch(config, MODELS[name], (side, side))
         batch = {k: torch.rand(v.shape) if v.is_floating_point() else v for k, v in batch.items()}
+        batch["hint"] = (255 * batch["hint"]).byte()
         if not config.cache:
             batch = {k: v for k, v in batch.items() if k != "context"} | {"prompt": ["a circle"] * config.batch_size}
+        if "cuda" in config.device:
+            batch = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in batch.items()}
         self.trainer, self.batches = build_trainer(config, model), itertools.repeat(batch)
         disable_malloc_trim()  # as train.py does, which reads the weights in the formats that they have now
         self.loss = train.compiled_loss(config.buckets) if config.compile else train.diffusion_loss
@@ -73,11 +76,12 @@ def diffusers_step(config: Config, name: str) -> Callable[[], None]:
     from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel
 
     shapes, side, dtype, device = MODELS[name], int(config.resolution), PRECISIONS[config.precision], config.device
-    unet = UNet2DConditionModel.from_config(diffusers_folder.unet_config(shapes.unet, side // 8, False))
     control_config = diffusers_folder.control_config(shapes.unet, 3, shapes.hint_widths)
-    control = ControlNetModel.from_config(control_config).train()
-    vae = AutoencoderKL.from_config(diffusers_folder.vae_config(shapes.vae, shapes.scale_factor, side))
-    encoders = diffusers_encoders(name)
+    with torch.device(device):
+        unet = UNet2DConditionModel.from_config(diffusers_folder.unet_config(shapes.unet, side // 8, False))
+        control = ControlNetModel.from_config(control_config).train()
+        vae = AutoencoderKL.from_config(diffusers_folder.vae_config(shapes.vae, shapes.scale_factor, side))
+        encoders = diffusers_encoders(name)
     for part in (unet, vae, *encoders):
         part.requires_grad_(False).to(device, dtype)
     control.to(device)
@@ -144,7 +148,7 @@ def diffusers_prompt(encoders: list[nn.Module], ids: Tensor, sizes: Tensor) -> d
 def our_image(config: Config, name: str) -> Callable[[], None]:
     """An image of our sampler: DDIM in `config.log_steps` steps, with guidance and control."""
     side = int(config.resolution)
-    model, hint = random_model(name), torch.rand(1, 3, side, side).to(config.device)
+    model, hint = random_model(name, config.device), torch.rand(1, 3, side, side).to(config.device)
     model.to(config.device, compute_dtype_for(config.precision, config.device))
     disable_malloc_trim()  # as sampler.py does
     settings = Sampling(config.log_steps, scale=GUIDANCE)

@@ -64,9 +64,9 @@ def reset_peak(device: str) -> None:
 
 
 def peak_since_reset(device: str) -> float:
-    """The most GiB since `reset_peak`: of a GPU allocated, of the CPU resident."""
+    """The most GiB since `reset_peak`: that PyTorch reserved of a GPU, or resident of the CPU."""
     if "cuda" in device:
-        return torch.cuda.max_memory_allocated() / GIB
+        return torch.cuda.max_memory_reserved() / GIB
     try:
         return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / GIB
     except (OSError, TypeError):  # not Linux
@@ -112,7 +112,7 @@ class Comparison(NamedTuple):
 def compare(task: str, config: Config, name: str, repeat: int, warmup: int, against: bool) -> Comparison:
     """Run `task` `warmup` + `repeat` times, in turns with diffusers if `against`, and measure the last `repeat` runs.
 
-    Peak memory is that allocated on a GPU, or resident on a CPU.
+    Peak memory is what PyTorch reserves of a GPU, or what is resident on a CPU.
     """
     seconds, rates, parts = {who: [] for who in (TASKS[task] if against else ["ours"])}, [], {}
     with contextlib.ExitStack() as stack:  # which ends the processes

@@ -14,7 +14,7 @@ import functools
 import math
 import multiprocessing
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from config import DEMO, GPU_PRESETS, PRESETS, Config, resolve, validate
 from ldm import MODELS, PRECISIONS, ControlLDM, ModelConfig, compute_dtype_for
 from lowvram.muon import muon_flops
 from lowvram.prediction import flops, largest_peak, predict
-from lowvram.process import GIB
+from lowvram.process import GIB, peak_memory
 from lowvram.speed import COMMON, measure_machine, seconds
 from lowvram.tracking import Peak
 from training.cache import text_shape
@@ -36,7 +36,9 @@ from training.setup import (
     loading_formats,
     select_trainable,
 )
+from weights import CheckpointError
 from weights.control_depth import depth_from_text, with_control_depth
+from weights.runs import list_checkpoints
 from weights.source import ModelSource, read_component, read_model, strip_prefix
 from weights.spelling import CONTROL
 
@@ -140,6 +142,20 @@ def first_size(config: Config) -> tuple[int, int]:
 def gpu_memory(device: str) -> int:
     """Bytes of the memory of a GPU, free or not."""
     return torch.cuda.get_device_properties(device).total_memory
+
+
+@contextlib.contextmanager
+def explain_oom(config: Config, run: Path) -> Iterator[None]:
+    """When the GPU runs out of memory, raise CheckpointError with the settings that ran and flags that would fit."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        kept = [f" (its last checkpoint, {folder.name}, is whole)" for folder in list_checkpoints(run)[-1:]]
+        raise CheckpointError(
+            f"{run}{''.join(kept)}: out of memory on {config.device} with {config.resolution}, batch "
+            f"{config.batch_size} x {config.accumulate_grad_batches}, {describe_memory(config)}; "
+            f"{peak_memory(config.device)} were used; {suggest_flags(config)} (--plan tells more)"
+        ) from e
 
 
 def suggest_flags(config: Config) -> str:

@@ -23,6 +23,7 @@ from lowvram.optimizer import AdamW
 from lowvram.process import GIB
 from lowvram.tracking import MemoryTracker, Peak, measure
 from training.cache import PROMPTS_AT_ONCE, prepare_batch, text_shape
+from training.graph import is_recorded
 from training.setup import Trainer, build_trainer, ema_weights, resting_weights, zero_grad
 
 WORKSPACE = 0.15 * GIB  # of cuBLAS and cuDNN, part of what PyTorch allocates; 0.01 to 0.13 GiB were seen on an H200
@@ -81,6 +82,10 @@ def predict(config: Config, model_config: ModelConfig, size: tuple[int, int]) ->
         always = {} if config.cache else {"VAE and text encoder": encoders}
         step = lambda tracker: fake_step(trainer, make_batch, tracker)
         peaks = {"training": measure(step, weights() | always | state)}
+        if is_recorded(config):
+            beside = beside_graph(trainer, make_batch)
+            peaks["training"].total += beside
+            peaks["training"].parts["beside the CUDA graph"] = beside
         if config.cache:
             images = torch.empty(config.encode_batch_size, 3, size[1], size[0], dtype=PRECISIONS[precision])
             peaks["caching"] = max(
@@ -153,6 +158,23 @@ def fake_step(trainer: Trainer, make_batch: Callable[[], dict[str, Tensor]], tra
     update_largest(trainer.optimizer, tracker)
     trainer.home.upload_weights()
     zero_grad(trainer)
+
+
+def beside_graph(trainer: Trainer, make_batch: Callable[[], dict[str, Tensor]]) -> int:
+    """The bytes that are needed while the memory of activations and gradients belongs to a CUDA graph: of its inputs,
+    and for the optimizer's step or, if that is more, for the loss of validation samples."""
+    config, model = trainer.config, trainer.model
+    for p in trainer.trainable.values():
+        p.grad = torch.empty_like(p, dtype=p.grad_dtype)
+    known = {"weights": [*model.parameters(), *(p.grad for p in trainer.trainable.values())]}
+    known |= optimizer_memory(trainer)
+    update = measure(lambda tracker: update_largest(trainer.optimizer, tracker), known)
+    zero_grad(trainer)
+    batch = prepare_batch(model, make_batch(), config.device, config.encode_batch_size)
+    inputs = [batch[name] for name in ("latents", "timesteps", "context", "hint")]
+    predicted = peak_without_grad(lambda: model.predict(*inputs, batch.get("y")), known | {"inputs": batch.values()})
+    needed = max(peak.parts["activations"] for peak in (update, predicted))
+    return needed + sum(t.nbytes for t in batch.values())
 
 
 @torch.no_grad()

@@ -29,14 +29,15 @@ def disable_malloc_trim() -> None:
 
 
 def peak_memory(device: torch.device | str) -> str:
-    """The most memory that this process has used so far, in words: of the GPU if `device` is one, else of the CPU."""
+    """The most memory that this process has used so far, in words: of the GPU if `device` is one, with what PyTorch
+    keeps there for later and for a CUDA graph; else of the CPU."""
     return f"{peak_gib(device):.1f} GiB"
 
 
 def peak_gib(device: torch.device | str) -> float:
     """`peak_memory` as a number, in GiB; NaN for a CPU on Windows."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB
+        return torch.cuda.max_memory_reserved(device) / GIB
     return peak_resident()
 
 

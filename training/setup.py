@@ -29,6 +29,7 @@ from lowvram.muon import Muon
 from lowvram.offload import OptimizerInPlace, OptimizerOnCPU, is_fake, is_kept_on_cpu, to_pinned_cpu
 from lowvram.optimizer import AdamW, FusedAdamW
 from lowvram.streaming import BlockStreamer
+from training.graph import GradientGraph
 from training.health import Health
 from unet import CrossAttention, parts
 
@@ -49,6 +50,7 @@ class Trainer:
     step: int = 0  # steps that are done
     samples: int = 0  # samples that they consumed
     health: Health = dataclasses.field(default_factory=Health)  # whether checkpoints may be written
+    graph: GradientGraph | None = None  # the gradient as a CUDA graph, where it is recorded
     between_steps: bool = True  # False while the optimizer moves the weights, which then belong to no step
 
 

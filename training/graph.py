@@ -1,0 +1,107 @@
+"""The gradient of a micro-batch as a CUDA graph: recorded once, then started as a whole.
+
+A step of Stable Diffusion is some four thousand short operations. A fast GPU finishes each before Python has begun the
+next one, and waits. A CUDA graph is a record of the operations with the places in memory that they read and write; to
+start it takes one call:
+
+    record    inputs (places that stay) --> forward and backward pass --> loss, gradients (places that stay)
+    replay    copy a micro-batch to the inputs; start the record; read loss and gradients
+
+What is recorded computes the same numbers, and reads the weights where the optimizer moves them. The activations of a
+record keep their memory, so there is none where memory is short (`is_recorded`), and it is given up while images are
+drawn. See https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from config import Config
+
+WARM_UPS = 2  # passes before the record: libraries and torch.compile prepare themselves, which cannot be recorded
+
+
+def is_recorded(config: Config) -> bool:
+    """Whether a run on a GPU records the gradient: where activations are kept, weights and optimizer are in the GPU's
+    memory, and all images have one size. `config` is resolved."""
+    lean = config.gradient_checkpointing or config.optimizer_on_cpu or config.stream
+    return config.cuda_graph and not lean and not config.buckets
+
+
+class GradientGraph:
+    """`accumulate(batch, last)` as a CUDA graph: it adds the gradient of a micro-batch to `p.grad` of each of
+    `parameters` and returns its part of the loss.
+
+    The first batch is recorded. A batch of other shapes is computed without the graph, and so are all if they cannot be
+    recorded, which is said once.
+    """
+
+    def __init__(self, accumulate: Callable[[dict[str, Tensor], bool], Tensor], parameters: Iterable[nn.Parameter]):
+        self.accumulate, self.parameters = accumulate, list(parameters)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: dict[str, Tensor] = {}
+        self.loss: Tensor | None = None
+        self.gradients: list[Tensor | None] = []  # where the graph writes them, for each of `parameters`
+        self.impossible = False
+
+    def __call__(self, batch: dict[str, Tensor], last: bool) -> Tensor:
+        if self.graph is None and not self.impossible:
+            self._try_to_record(batch)
+        if self.graph is None or describe(batch) != describe(self.inputs):
+            return self.accumulate(batch, last)
+        for name, place in self.inputs.items():
+            place.copy_(batch[name])
+        before = [p.grad.clone() if p.grad is g and g is not None else p.grad for p, g in self._pairs()]
+        self.graph.replay()
+        for (p, g), sum_before in zip(self._pairs(), before, strict=True):
+            p.grad = g if sum_before is None or g is None else sum_before.add_(g)
+        return self.loss
+
+    def release(self) -> None:
+        """Free the memory of the record. The next call records anew."""
+        if self.graph is not None:
+            self.graph, self.inputs, self.loss, self.gradients = None, {}, None, []
+            torch.cuda.empty_cache()
+
+    def _pairs(self) -> Iterable[tuple[nn.Parameter, Tensor | None]]:
+        return zip(self.parameters, self.gradients, strict=True)
+
+    def _try_to_record(self, batch: dict[str, Tensor]) -> None:
+        kept = [p.grad for p in self.parameters]
+        try:
+            self._record({name: t.clone() for name, t in batch.items()})
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as e:
+            self.impossible, reason = True, str(e).strip().partition("\n")[0]
+            tqdm.write(f"the step cannot be recorded as a CUDA graph, and is computed without one ({reason})")
+        for p, grad in zip(self.parameters, kept, strict=True):
+            p.grad = grad
+
+    def _record(self, inputs: dict[str, Tensor]) -> None:
+        device = next(iter(inputs.values())).device
+        stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                self._forget_gradients()
+                self.accumulate(inputs, True)
+            self._forget_gradients()  # the pass that is recorded makes new ones, in the memory of the graph
+        torch.cuda.current_stream(device).wait_stream(stream)
+        # thread_local: the thread that pins batches in memory may go on
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            loss = self.accumulate(inputs, True)
+        self.graph, self.inputs, self.loss = graph, inputs, loss
+        self.gradients = [p.grad for p in self.parameters]
+
+    def _forget_gradients(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+
+def describe(batch: dict[str, Any]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of each tensor of a batch."""
+    return {name: (t.shape, t.dtype) for name, t in batch.items()}
