@@ -151,7 +151,7 @@ def training_loop(
     home, health = trainer.home, trainer.health
     masters = home.masters.values()  # the weights that the optimizer moves
     accumulate = functools.partial(accumulate_gradient, trainer, loss_fn)
-    if "cuda" in config.device and is_recorded(config) and not trainer.graph:
+    if is_recorded(config) and not trainer.graph:
         trainer.graph = GradientGraph(accumulate, trainer.trainable.values())
     accumulate = trainer.graph or accumulate
     saved, skipped, error = trainer.step, 0, None

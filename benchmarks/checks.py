@@ -417,7 +417,7 @@ def check_tutorial(setting: Setting) -> list[Row]:
 def check_demo(setting: Setting) -> list[Row]:
     """The demo, as `python train.py` without flags makes it, and how well it obeys."""
     run, short = setting.path("demo"), dict(steps=2, logger_freq=0) if setting.rehearsal else {}
-    places = dict(data=str(setting.data(24 if setting.rehearsal else 2000, 128)), out=str(run), device=setting.device)
+    places = dict(data=str(setting.data(24 if setting.rehearsal else 1000, 128)), out=str(run), device=setting.device)
     config = Config(**(DEMO | places | short | dict(cache_dir=str(setting.path("cache")))))
     start = time.perf_counter()
     train.train(config, overwrite=True)

@@ -205,6 +205,8 @@ def plan(config: Config, vram: float | None = None, rate: float | None = None, p
     on_gpu = "cuda" in config.device and torch.cuda.is_available()
     if vram is None and config.memory == "auto" and on_gpu:
         vram = gpu_memory(config.device) / GIB
+    if not on_gpu:  # the plan is for one that is elsewhere
+        config = dataclasses.replace(config, device="cuda")
     # a resumed run has all settings about memory fixed: unset them, to compare the presets
     fixed = config.memory != "auto"
     unset = dataclasses.replace(config, **dict.fromkeys(PRESETS["exact"])) if fixed else config

@@ -61,6 +61,7 @@ def predict(config: Config, model_config: ModelConfig, size: tuple[int, int]) ->
 
     config: with a preset filled in (`resolve`). size: (width, height) of the images.
     """
+    records_graph = is_recorded(config)
     fake = lambda name: {"tf32": "fp32", "fp16": "bf16"}.get(name, name)  # of the same size, and known to every CPU
     precision, trained_weights = fake(config.precision), fake(config.trained_weights)
     config = dataclasses.replace(
@@ -82,7 +83,7 @@ def predict(config: Config, model_config: ModelConfig, size: tuple[int, int]) ->
         always = {} if config.cache else {"VAE and text encoder": encoders}
         step = lambda tracker: fake_step(trainer, make_batch, tracker)
         peaks = {"training": measure(step, weights() | always | state)}
-        if is_recorded(config):
+        if records_graph:
             beside = beside_graph(trainer, make_batch)
             peaks["training"].total += beside
             peaks["training"].parts["beside the CUDA graph"] = beside

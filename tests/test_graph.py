@@ -10,7 +10,8 @@ import train
 from benchmarks.checks import RepeatedGraph
 from config import Config, resolve
 from ldm import SD15, TINY
-from lowvram import prediction
+from lowvram import estimate, prediction
+from lowvram.process import GIB
 from tests.conftest import settings
 from training import graph
 from training.graph import GradientGraph, is_recorded
@@ -122,17 +123,20 @@ def test_what_cannot_be_recorded_is_computed_without(two, monkeypatch, capsys):
     ],
 )
 def test_where_memory_is_short_nothing_is_recorded(preset, change, recorded):
-    config = resolve(Config(base="sd15", out="none", **change), preset)
+    config = resolve(Config(base="sd15", out="none", device="cuda:1", **change), preset)
     assert is_recorded(config) is recorded
+    assert not is_recorded(dataclasses.replace(config, device="cpu"))
 
 
 def test_the_prediction_counts_what_lies_beside_the_graph():
-    config = resolve(Config(base="tiny", resolution="64", batch_size=2), "16gb")
+    config = resolve(Config(base="tiny", resolution="64", batch_size=2, device="cuda"), "16gb")
     with_graph = prediction.predict(config, TINY, (64, 64))["training"]
     without = prediction.predict(dataclasses.replace(config, cuda_graph=False), TINY, (64, 64))["training"]
     beside = with_graph.parts["beside the CUDA graph"]
     assert with_graph.total - without.total == beside > 2 * 3 * 64 * 64 * 4  # more than the hints, which are inputs
     assert "beside the CUDA graph" not in without.parts
+    page = estimate.plan(Config(base="tiny", out="x", resolution="64", batch_size=2, device="cpu", memory="16gb"))
+    assert f"training  {with_graph.total / GIB:6.2f} GiB predicted" in page  # a plan is for a GPU, wherever it is made
 
 
 @pytest.mark.parametrize("change", [{}, {"accumulate_grad_batches": 2, "batch_size": 2, "ema_decay": 0.9}])

@@ -25,10 +25,10 @@ WARM_UPS = 2  # passes before the record: libraries and torch.compile prepare th
 
 
 def is_recorded(config: Config) -> bool:
-    """Whether a run on a GPU records the gradient: where activations are kept, weights and optimizer are in the GPU's
+    """Whether a run records the gradient: on a GPU where activations are kept, weights and optimizer are in the GPU's
     memory, and all images have one size. `config` is resolved."""
     lean = config.gradient_checkpointing or config.optimizer_on_cpu or config.stream
-    return config.cuda_graph and not lean and not config.buckets
+    return "cuda" in config.device and config.cuda_graph and not lean and not config.buckets
 
 
 class GradientGraph:
