@@ -120,8 +120,7 @@ def accumulate_gradient(
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """The learning rate of step `step` (from 0): it rises during the warm-up, then stays or falls to a fiftieth, over
-    `lr_steps` steps.
+    """The learning rate of step `step` (from 0): it rises in the warm-up, then stays or falls to 2% in `lr_steps`.
 
     A function of settings and step alone, so a resumed run has the rates of a run that was not stopped.
     """

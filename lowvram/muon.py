@@ -133,29 +133,25 @@ class Muon(AdamW):
         """Move one of the lists of `stacks` along the gradients, in place."""
         if id(together[0]) not in self.matrices:
             return super().update(together, lr, weight_decay, betas, eps)
-        directions = orthogonalize(torch.stack(self.momentum(together)), iteration_dtype(together[0].device)).float()
+        directions = torch.stack([self.momentum(p) for p in together])
+        directions = orthogonalize(directions, iteration_dtype(directions.device)).float()
         rate = lr * max(1, directions.shape[1] / directions.shape[2]) ** 0.5
-        moved = [p.detach().float() for p in together]  # the parameters themselves, unless they are bfloat16
-        torch._foreach_mul_(moved, 1 - lr * weight_decay)
-        steps = [direction.reshape(p.shape) for p, direction in zip(together, directions, strict=True)]
-        torch._foreach_sub_(moved, steps, alpha=rate)
-        for p, weights in zip(together, moved, strict=True):
+        for p, direction in zip(together, directions, strict=True):
+            moved = p.float().mul(1 - lr * weight_decay).sub_(direction.reshape(p.shape), alpha=rate)
             if p.dtype == torch.bfloat16:
                 step = self.state[p]["step"]
-                generator = make_generator(p.device, self.seed, step, self.names[id(p)])
-                p.copy_(round_stochastically(weights, generator))
+                moved = round_stochastically(moved, make_generator(p.device, self.seed, step, self.names[id(p)]))
+            p.copy_(moved)
 
-    def momentum(self, together: Sequence[nn.Parameter]) -> list[Tensor]:
-        """For each of the matrices (rows,columns) float32: the moving average of the gradient, brought forward by one
-        step, with the present gradient once more (Nesterov)."""
-        for p in together:
-            self.init_state(p)
-        states, whole = [self.state[p] for p in together], slice(0, together[0].numel())
-        gradients = [p.grad.reshape(-1).float() for p in together]
-        averages = [load_moment(state, "exp_avg", whole) for state in states]
-        torch._foreach_lerp_(averages, gradients, 1 - MOMENTUM)
-        ahead = torch._foreach_lerp(gradients, averages, MOMENTUM)
-        for state, average in zip(states, averages, strict=True):
-            state["step"] = int(state["step"]) + 1
-            store_moment(state, "exp_avg", whole, average)
-        return [x.view(len(p), -1) for p, x in zip(together, ahead, strict=True)]
+    def momentum(self, p: nn.Parameter) -> Tensor:
+        """(rows,columns) float32: the moving average of the gradient, brought forward by one step, with the present
+        gradient once more (Nesterov)."""
+        self.init_state(p)
+        state, whole = self.state[p], slice(0, p.numel())
+        state["step"] = int(state["step"]) + 1
+        gradient = p.grad.reshape(-1).float()
+        average = load_moment(state, "exp_avg", whole)
+        average.lerp_(gradient, 1 - MOMENTUM)
+        ahead = gradient.lerp(average, MOMENTUM)
+        store_moment(state, "exp_avg", whole, average)
+        return ahead.view(len(p), -1)

@@ -112,3 +112,33 @@ def test_copies_beside_kernels():
     events = {"copies": [(0.0, 1.0), (0.5, 2.0), (5.0, 6.0)], "kernels": [(1.5, 3.0), (2.5, 4.0), (5.0, 5.5)]}
     assert checks.merged(events["copies"]) == [(0.0, 2.0), (5.0, 6.0)]
     assert checks.overlapped(events) == (3.0, 1.0, 3.0)
+
+
+def test_what_the_sanitizer_finds_is_told(setting, monkeypatch, tmp_path):
+    """With a program in its place that runs the steps and says what it is told to say."""
+    tool = tmp_path / "compute-sanitizer"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    run = '"$3" "$4" "$5" && echo'
+    for begin, summary, status, told in (
+        (run, "0 errors", 0, "0 errors"), ("echo", "2 errors", 0, "2 errors"), ("echo", "0 errors", 3, "NO result"),
+    ):  # fmt: skip
+        tool.write_text(f'#!/bin/sh\n{begin} "=== ERROR SUMMARY: {summary}"\nexit {status}\n')
+        tool.chmod(0o755)
+        (row,) = checks.check_sanitizer(setting)
+        assert told in row.ours
+    tool.unlink()
+    (row,) = checks.check_sanitizer(setting)
+    assert row.ours == "is not installed here"
+
+
+def test_a_recorded_step_that_differs_is_noticed(setting, monkeypatch):
+    assert [row.ours for row in checks.check_graph(setting)] == ["every bit is equal"] * 3
+    real = checks.RepeatedGraph.__call__
+
+    def inexact(self, batch, last):
+        loss = real(self, batch, last)
+        self.parameters[0].grad.add_(1e-3)
+        return loss
+
+    monkeypatch.setattr(checks.RepeatedGraph, "__call__", inexact)
+    assert all("APART" in row.ours for row in checks.check_graph(setting))
