@@ -84,12 +84,16 @@ def measure_step(config: Config, name: str, repeat: int, against: bool) -> dict[
 
 
 def measure_sample(config: Config, name: str, repeat: int, against: bool) -> dict[str, str]:
-    """Seconds an image of our sampler, and of diffusers' pipeline."""
+    """Time and memory of an image of our sampler, its fraction of the machine's limit, and diffusers' pipeline."""
+    flop = task_flops("image", config, name)
     result = compare("image", config, name, repeat, 1, against)
     return {
         "model": title("image", config, name),
         "machine": machine(config),
         "seconds an image": spread(result.seconds["ours"]),
+        "TFLOP an image": f"{flop / 1e12:.3f}",
+        "matrix products, TFLOP/s": spread([rate / 1e12 for rate in result.rates]),
+        "fraction of the limit": spread(fractions_of_limit(result, flop)),
         **result.rows(),
     }
 
