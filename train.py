@@ -120,10 +120,8 @@ def accumulate_gradient(
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """The learning rate of step `step` (from 0): it rises in the warm-up, then stays or falls to 2% in `lr_steps`.
-
-    A function of settings and step alone, so a resumed run has the rates of a run that was not stopped.
-    """
+    """The learning rate of step `step` (from 0): it rises in the warm-up, then stays or falls to 2% in `lr_steps`. A
+    function of settings and step alone: a resumed run has the rates of a run that was not stopped."""
     warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
     progress = min(1.0, step / (config.lr_steps or config.steps))
     factors = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
@@ -297,8 +295,9 @@ def train(
             with run_folder.guard("history.jsonl"):
                 facts = dataset_facts(config, samples, validation_items)
                 history.start(trainer.step, data=facts, machine=machine(config.device))
-            parts = trainer, samples, validation_items, uncond, diffusion_loss, run_folder, metrics, history, page
-            validation = Validation(*parts)
+            validation = Validation(  # with the plain loss: compiling it without gradients too takes minutes more
+                trainer, samples, validation_items, uncond, diffusion_loss, run_folder, metrics, history, page
+            )
             print_summary(trainer, samples, len(validation_items))
         end = trainer.samples + (config.steps - trainer.step) * config.batch
         loader = data.batches(
@@ -310,6 +309,7 @@ def train(
         interruption.begin_loop()
         with checkpoint_on_error(run_folder, trainer, save) if ranks.main else contextlib.nullcontext():
             saved = training_loop(trainer, loader, weighted_loss, ranks, validation, save, interruption)
+        trainer.graph = None  # it knows the trainer: together they would keep their memory
         if ranks.main:
             report(run, saved, config.steps, metrics, samples, validation_items[0], model.config.name)
             with run_folder.guard("report.html"):

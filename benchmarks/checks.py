@@ -127,11 +127,11 @@ def check_memory(setting: Setting, preset: str) -> list[Row]:
     rows = [row_of_memory(f"memory of a step, --memory {preset}, batch {config.batch_size}", measured, predicted)]
     config = dataclasses.replace(config, cuda_graph=True)
     if is_recorded(config) and not setting.rehearsal:
+        predicted = estimate.predict(config, MODELS[setting.model], size)["training"].total
         del step
+        step = OurStep(config, setting.model)
         torch.cuda.empty_cache()
         reset_peak(setting.device)
-        predicted = estimate.predict(config, MODELS[setting.model], size)["training"].total
-        step = OurStep(config, setting.model)
         step()
         step()
         measured = peak_since_reset(setting.device) * GIB
@@ -238,7 +238,8 @@ def small_memory(setting: Setting) -> Iterator[int]:
 
 # --------------------------------------------------------------------------------------------------------- CUDA graph
 class RepeatedGraph(GradientGraph):
-    """A stand-in for rehearsals, where there is no GPU: its record is the function, computed again at each replay."""
+    """A stand-in for rehearsals, where there is no GPU: its record is the function, computed again at each replay, as
+    long as the weights are where they were."""
 
     def _record(self, inputs: dict[str, Tensor]) -> None:
         def passes() -> tuple[Tensor, list[Tensor | None]]:
@@ -246,7 +247,10 @@ class RepeatedGraph(GradientGraph):
             loss = self.accumulate(inputs, True)
             return loss, [p.grad for p in self.parameters]
 
+        places = [p.data_ptr() for p in self.parameters]
+
         def replay() -> None:
+            assert places == [p.data_ptr() for p in self.parameters], "a CUDA graph would read weights of the past"
             loss, gradients = passes()
             self.loss.copy_(loss)
             for place, gradient in zip(self.gradients, gradients, strict=True):

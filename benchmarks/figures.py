@@ -16,6 +16,7 @@ from config import GPU_PRESETS, Config, resolve
 from ldm import MODELS
 from lowvram import estimate
 from lowvram.process import GIB
+from training.graph import is_recorded
 
 
 class Row(NamedTuple):
@@ -78,6 +79,7 @@ def measure_step(config: Config, name: str, repeat: int, against: bool) -> dict[
         "TFLOP a step": f"{flop / 1e12:.3f}",
         "matrix products, TFLOP/s": spread([rate / 1e12 for rate in result.rates]),
         "fraction of the limit": spread(fractions_of_limit(result, flop)),
+        **({"its parts, without the CUDA graph": ""} if is_recorded(config) else {}),
         **{f"    {label}": f"{seconds:.3f}" for label, seconds in result.parts.items() if seconds > 0},
         **result.rows(),
     }
@@ -87,13 +89,11 @@ def measure_sample(config: Config, name: str, repeat: int, against: bool) -> dic
     """Time and memory of an image of our sampler, its fraction of the machine's limit, and diffusers' pipeline."""
     flop = task_flops("image", config, name)
     result = compare("image", config, name, repeat, 1, against)
+    fraction = statistics.median(fractions_of_limit(result, flop))
     return {
         "model": title("image", config, name),
         "machine": machine(config),
-        "seconds an image": spread(result.seconds["ours"]),
-        "TFLOP an image": f"{flop / 1e12:.3f}",
-        "matrix products, TFLOP/s": spread([rate / 1e12 for rate in result.rates]),
-        "fraction of the limit": spread(fractions_of_limit(result, flop)),
+        "seconds an image": f"{spread(result.seconds['ours'])}, {fraction:.2f} of the limit",
         **result.rows(),
     }
 
@@ -111,6 +111,8 @@ def measure_row(task: str, config: Config, name: str, repeat: int, against: bool
     limit = f"{fraction:.2f} of {rate / 1e12:.3g} TFLOP/s"
     what = f"{task}: {title(task, config, name)}"
     what += ", channels_last" * config.channels_last + ", compiled" * config.compile
+    what += ", muon" * (config.optimizer == "muon") + f", {config.memory}" * (config.memory in GPU_PRESETS[1:])
+    what += ", no CUDA graph" * ("cuda" in config.device and not config.cuda_graph)
     return [Row(what, ours[0], theirs[0], faster, limit), Row(f"{what}: memory", ours[1], theirs[1], memory)]
 
 
@@ -126,7 +128,7 @@ def memory_table(name: str, side: int, batch_sizes: list[int], repeat: int) -> s
         peaks = [estimate.largest_peak(estimate.predict(c, MODELS[name], (side, side))) for c in configs]
         row = [preset, *(f"{peak / GIB:.2f}" for peak in peaks)]
         for c in configs if repeat else ():
-            result = compare("step", c, name, repeat, 1, False)
+            result = compare("step", c, name, repeat, 2, False)
             median = statistics.median(result.seconds["ours"])
             row += [result.rows()["peak memory, GiB"]] * cuda
             row.append(f"{median / exact.setdefault(c.batch_size, median):.2f} x")

@@ -49,8 +49,6 @@ def serve(task: str, who: str, name: str, config: Config) -> None:
             answer = breakdown(function)
         elif line.strip() == "rate":
             answer = matmul_rate(config)
-            if "cuda" in config.device:
-                torch.cuda.empty_cache()  # what these products took is none of the task's memory
         else:
             answer = peak
         print(json.dumps(answer), flush=True)
@@ -124,13 +122,15 @@ def compare(task: str, config: Config, name: str, repeat: int, warmup: int, agai
             worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             workers[who] = stack.enter_context(worker)
         for turn in range(warmup + repeat):
+            if turn == warmup:  # before the products of `rate`, whose memory PyTorch would keep and count
+                peaks = {who: ask(worker, "peak") for who, worker in workers.items()}
             taken = {who: ask(worker, "run") for who, worker in workers.items()}
-            rate = ask(workers["ours"], "rate")
             if turn >= warmup:
-                rates.append(rate)
+                rates.append(ask(workers["ours"], "rate"))
                 for who in workers:
                     seconds[who].append(taken[who])
-        peaks = {who: ask(worker, "peak") for who, worker in workers.items()}
+        if "cuda" not in config.device:
+            peaks = {who: ask(worker, "peak") for who, worker in workers.items()}
         if task == "step" and not config.compile:  # timed functions would be compiled anew
             parts = ask(workers["ours"], "breakdown")
     return Comparison(seconds, peaks, rates, parts)

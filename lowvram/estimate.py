@@ -25,12 +25,13 @@ import data
 from config import DEMO, GPU_PRESETS, PRESETS, Config, resolve, validate
 from ldm import MODELS, PRECISIONS, ControlLDM, ModelConfig, compute_dtype_for
 from lowvram.muon import muon_flops
-from lowvram.prediction import flops, largest_peak, predict
+from lowvram.prediction import BESIDE_GRAPH, flops, largest_peak, predict
 from lowvram.process import GIB, peak_memory
 from lowvram.speed import COMMON, measure_machine, seconds
 from lowvram.tracking import Peak
 from training.cache import text_shape
 from training.distributed import Ranks
+from training.graph import is_recorded
 from training.preparation import open_folder
 from training.setup import (
     loading_formats,
@@ -94,9 +95,10 @@ def largest_batch(
     """
     room, batch, known = gpu_bytes - CUDA_CONTEXT, config.batch_size, peaks["training"].total
     beside = max((peak.total for part, peak in peaks.items() if part != "training"), default=0)
-    if max(beside, known - peaks["training"].parts["activations"]) > room:
+    growing = sum(peaks["training"].parts[kind] for kind in ("activations", BESIDE_GRAPH))
+    if max(beside, known - growing) > room:
         return 0
-    slope = max(1.0, peaks["training"].parts["activations"] / batch)
+    slope = max(1.0, growing / batch)
     other = min(max(1, batch + math.floor((room - known) / slope)), 64 * batch)
     if other != batch:
         found = predict(dataclasses.replace(config, batch_size=other), model_config, size)["training"].total
@@ -172,6 +174,8 @@ def suggest_flags(config: Config) -> str:
         flags = f"--batch-size 1 --accumulate-grad-batches {single['accumulate_grad_batches']}"
         both = [(f"{preset} {flags}", dataclasses.replace(changed, **single)) for preset, changed in options]
         options = [(flags, dataclasses.replace(config, **single)), *options, *both]
+    if is_recorded(config):
+        options.insert(0, ("--no-cuda-graph", dataclasses.replace(config, cuda_graph=False)))
     needs = []
     for flags, changed in options:
         needs.append((largest_peak(predict(changed, model_config, size)) + CUDA_CONTEXT, flags))

@@ -1,6 +1,7 @@
 """The gradient as a CUDA graph. Without a GPU: what is around the graph, with one that computes everything again."""
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from benchmarks.checks import RepeatedGraph
 from config import Config, resolve
 from ldm import SD15, TINY
 from lowvram import estimate, prediction
-from lowvram.process import GIB
+from lowvram.prediction import BESIDE_GRAPH
+from lowvram.process import GIB, peak_memory
+from lowvram.tracking import Peak
 from tests.conftest import settings
-from training import graph
 from training.graph import GradientGraph, is_recorded
 from training.records import read_metrics
 
@@ -71,6 +73,24 @@ def test_a_batch_of_other_shapes_is_computed_without(two):
     assert calls[made:] == [[1.0, 2.0], [1]] and two[1].grad.tolist() == [6 * (1 + 4) + 6]
 
 
+def test_a_gradient_that_the_graph_does_not_have_stays(two):
+    """Of a parameter that only batches of other shapes use."""
+    accumulate = lambda batch, last: squares(two if len(batch["x"]) > 1 else two[:1], [])(batch, last)
+    recorded = RepeatedGraph(accumulate, two)
+    recorded({"x": torch.tensor([1.0])}, False)
+    recorded({"x": torch.tensor([1.0, 1.0])}, False)
+    recorded({"x": torch.tensor([1.0])}, True)
+    assert two[0].grad.tolist() == [6, 12] and two[1].grad.tolist() == [12]
+
+
+def test_weights_that_move_to_another_place_are_noticed(two):
+    recorded = RepeatedGraph(squares(two, []), two)
+    recorded({"x": torch.tensor([1.0])}, True)
+    two[0].data = two[0].data * 2
+    with pytest.raises(AssertionError, match="weights of the past"):
+        recorded({"x": torch.tensor([1.0])}, True)
+
+
 def test_it_is_recorded_anew_after_its_memory_was_given_up(two, monkeypatch):
     freed, recorded = [], RepeatedGraph(squares(two, []), two)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(True))
@@ -102,11 +122,26 @@ def test_what_cannot_be_recorded_is_computed_without(two, monkeypatch, capsys):
     assert "(operation not permitted when stream is capturing)" in said.out + said.err
 
     def no_memory(self, inputs):
-        raise torch.OutOfMemoryError("no")
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(GradientGraph, "_record", no_memory)
-    with pytest.raises(torch.OutOfMemoryError):
-        GradientGraph(squares(two, []), two)({"x": torch.tensor([1.0])}, True)
+    recorded = GradientGraph(squares(two, []), two)
+    assert recorded({"x": torch.tensor([1.0])}, True) == 14 and recorded.impossible  # the step alone has room
+
+
+def test_what_is_said_is_the_cause(two, monkeypatch, capsys):
+    """PyTorch raises another error when it ends a record that has failed."""
+
+    def fail(self, inputs):
+        try:
+            raise RuntimeError("the cause")
+        finally:
+            raise RuntimeError("capture failed due to an earlier error")
+
+    monkeypatch.setattr(GradientGraph, "_record", fail)
+    GradientGraph(squares(two, []), two)({"x": torch.tensor([1.0])}, True)
+    said = capsys.readouterr()
+    assert "--no-cuda-graph (the cause)" in said.out + said.err
 
 
 @pytest.mark.parametrize(
@@ -117,6 +152,8 @@ def test_what_cannot_be_recorded_is_computed_without(two, monkeypatch, capsys):
         ("12gb", {"optimizer": "muon"}, True),
         ("16gb", {"cuda_graph": False}, False),
         ("16gb", {"buckets": True}, False),
+        ("16gb", {"cache": False}, False),
+        ("16gb", {"stream": True}, False),
         ("16gb", {"gradient_checkpointing": True}, False),
         ("16gb", {"optimizer_on_cpu": True}, False),
         *((name, {}, False) for name in ("8gb", "6gb", "5gb", "4gb")),
@@ -128,43 +165,70 @@ def test_where_memory_is_short_nothing_is_recorded(preset, change, recorded):
     assert not is_recorded(dataclasses.replace(config, device="cpu"))
 
 
-def test_the_prediction_counts_what_lies_beside_the_graph():
-    config = resolve(Config(base="tiny", resolution="64", batch_size=2, device="cuda"), "16gb")
+def test_the_prediction_counts_what_lies_beside_the_graph(monkeypatch):
+    config = resolve(Config(base="tiny", out="x", resolution="64", batch_size=2, device="cuda"), "16gb")
     with_graph = prediction.predict(config, TINY, (64, 64))["training"]
     without = prediction.predict(dataclasses.replace(config, cuda_graph=False), TINY, (64, 64))["training"]
-    beside = with_graph.parts["beside the CUDA graph"]
-    assert with_graph.total - without.total == beside > 2 * 3 * 64 * 64 * 4  # more than the hints, which are inputs
-    assert "beside the CUDA graph" not in without.parts
-    page = estimate.plan(Config(base="tiny", out="x", resolution="64", batch_size=2, device="cpu", memory="16gb"))
-    assert f"training  {with_graph.total / GIB:6.2f} GiB predicted" in page  # a plan is for a GPU, wherever it is made
+    beside, hints, activations = with_graph.parts[BESIDE_GRAPH], 2 * 3 * 64 * 64 * 4, 2 * 8 * 64 * 64 * 2
+    assert with_graph.total - without.total == beside and BESIDE_GRAPH not in without.parts
+    assert beside > hints + 2 * activations  # the first layer of the hint encoder has two such maps at once
+    devices = []
+    monkeypatch.setattr(estimate, "predict", lambda c, *_: devices.append(c.device) or {"training": with_graph})
+    estimate.plan(dataclasses.replace(config, device="cpu"))
+    assert set(devices) == {"cuda"}  # a plan is for a GPU, wherever it is made
+
+
+def test_the_largest_batch_does_not_depend_on_the_batch_that_was_asked(monkeypatch):
+    """What lies beside the graph grows with the batch, as activations do."""
+
+    def predict(config, *_):
+        growing = {"activations": config.batch_size * 2**26, BESIDE_GRAPH: config.batch_size * 2**24}
+        parts = Counter({"frozen UNet": GIB} | growing)
+        return {"training": Peak(parts.total(), parts)}
+
+    monkeypatch.setattr(estimate, "predict", predict)
+    room = estimate.CUDA_CONTEXT + GIB + 10 * (2**26 + 2**24)
+    for batch_size in (1, 10, 64, 1000):
+        config = Config(batch_size=batch_size)
+        assert estimate.largest_batch(config, TINY, (64, 64), predict(config), room) == 10
+
+
+def test_after_an_out_of_memory_the_graph_is_the_first_to_go(monkeypatch):
+    config = resolve(Config(base="sd15", resolution="512", batch_size=4, device="cuda"), "16gb")
+    total = lambda c: 10 * GIB + GIB * c.cuda_graph
+    monkeypatch.setattr(estimate, "predict", lambda c, *_: {"training": Peak(total(c))})
+    monkeypatch.setattr(estimate, "gpu_memory", lambda device: 10.7 * GIB)
+    assert estimate.suggest_flags(config).startswith("--no-cuda-graph takes 10.6 GiB")
+    config.cuda_graph = False
+    assert estimate.suggest_flags(config).startswith("--batch-size 1")
+
+
+def test_used_memory_is_what_is_reserved(monkeypatch):
+    """The activations of a graph are not allocated between two steps, but nobody else can have their memory."""
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3 * GIB)
+    assert peak_memory("cuda") == "3.0 GiB"
 
 
 @pytest.mark.parametrize("change", [{}, {"accumulate_grad_batches": 2, "batch_size": 2, "ema_decay": 0.9}])
 def test_a_run_computes_the_same_with_it(change, base, folder, tmp_path, monkeypatch):
     plain = train.train(dataclasses.replace(settings(base, folder, tmp_path / "plain"), **change))
-    real, made = train.build_trainer, []
-
-    def build_trainer(config, model):
-        trainer = real(config, model)
-        accumulate = lambda *batch: train.accumulate_gradient(trainer, train.diffusion_loss, *batch)
-        trainer.graph = RepeatedGraph(accumulate, trainer.trainable.values())
-        made.append(trainer.graph)
-        return trainer
-
-    releases = []
-    monkeypatch.setattr(train, "build_trainer", build_trainer)
-    monkeypatch.setattr(
-        RepeatedGraph, "release", lambda self: releases.append(self.graph) or graph.GradientGraph.release(self)
-    )
+    real, trainers, releases = train.build_trainer, [], []
+    monkeypatch.setattr(train, "build_trainer", lambda *parts: trainers.append(real(*parts)) or trainers[-1])
+    monkeypatch.setattr(train, "is_recorded", lambda config: True)
+    monkeypatch.setattr(train, "GradientGraph", RepeatedGraph)
+    release = lambda self: releases.append(self.graph) or GradientGraph.release(self)
+    monkeypatch.setattr(RepeatedGraph, "release", release)
     recorded = train.train(dataclasses.replace(settings(base, folder, tmp_path / "recorded"), **change))
     compared = ("step", "loss", "grad_norm", "control_gain", "val_loss")
     plain, recorded = ([{k: e.get(k) for k in compared} for e in read_metrics(run)] for run in (plain, recorded))
     assert plain == recorded
     assert len(releases) == 3 and releases[0] is None and all(releases[1:])  # before each image log
+    assert trainers[0].graph is None  # it would keep the trainer, and the trainer it
 
 
 def test_the_noise_schedule_is_copied_to_a_device_once():
     """A step that is recorded must not wait for a copy."""
     first = sampler.alphas_cumprod(SD15, torch.device("cpu"))
     assert sampler.alphas_cumprod(SD15, torch.device("cpu")) is first
+    assert sampler.alphas_cumprod(SD15, torch.device("meta")).is_meta
     assert not torch.equal(sampler.alphas_cumprod(TINY), first)

@@ -518,7 +518,10 @@ def test_compiled_equals_as_written(config, monkeypatch, tmp_path):
     minutes; here the graph runs as it is.)"""
     plain, real, compiled, whole = train.train(config), torch.compile, [], dict(backend="aot_eager", fullgraph=True)
     monkeypatch.setattr(torch, "compile", lambda f, **how: compiled.append(f) or real(f, **whole, **how))
+    made, validation = [], train.Validation
+    monkeypatch.setattr(train, "Validation", lambda *parts: made.append(parts) or validation(*parts))
     run = train.train(dataclasses.replace(config, compile=True, out=str(tmp_path / "compiled")))
+    assert train.diffusion_loss in made[0]  # which is not compiled once more, without gradients
     assert compiled == [train.diffusion_loss] and np.allclose(losses(plain), losses(run), rtol=1e-4)
 
 
