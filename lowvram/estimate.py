@@ -95,7 +95,7 @@ def largest_batch(
     """
     room, batch, known = gpu_bytes - CUDA_CONTEXT, config.batch_size, peaks["training"].total
     beside = max((peak.total for part, peak in peaks.items() if part != "training"), default=0)
-    growing = sum(peaks["training"].parts[kind] for kind in ("activations", BESIDE_GRAPH))
+    growing = sum(peaks["training"].parts.get(kind, 0) for kind in ("activations", BESIDE_GRAPH))
     if max(beside, known - growing) > room:
         return 0
     slope = max(1.0, growing / batch)
