@@ -178,8 +178,8 @@ class Config:
     )  # fmt: skip
     cuda_graph: bool = setting(
         True, "optimization",
-        "on a GPU, record the forward and backward pass and start it as a whole, unless memory is saved by computing "
-        "activations again, by offloading or streaming, or images have several sizes",
+        "on an NVIDIA GPU, record the forward and backward pass and start it as a whole; not where activations are "
+        "computed again, with the optimizer on the CPU, with --buckets or with --no-cache",
     )  # fmt: skip
     deterministic: bool = setting(
         False, "optimization", "use deterministic GPU kernels: two equal runs give equal bits; slower"

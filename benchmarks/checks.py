@@ -124,7 +124,8 @@ def check_memory(setting: Setting, preset: str) -> list[Row]:
         step()
         step()
         measured = torch.cuda.max_memory_allocated(setting.device)
-    rows = [row_of_memory(f"memory of a step, --memory {preset}, batch {config.batch_size}", measured, predicted)]
+    what = f"--memory {preset}, batch {config.batch_size} (theirs: predicted)"
+    rows = [row_of_memory(f"memory of a step, {what}", measured, predicted)]
     config = dataclasses.replace(config, cuda_graph=True)
     if is_recorded(config) and not setting.rehearsal:
         predicted = estimate.predict(config, MODELS[setting.model], size)["training"].total
@@ -135,11 +136,7 @@ def check_memory(setting: Setting, preset: str) -> list[Row]:
         step()
         step()
         measured = peak_since_reset(setting.device) * GIB
-        rows.append(
-            row_of_memory(
-                f"reserved for a CUDA graph, --memory {preset}, batch {config.batch_size}", measured, predicted
-            )
-        )
+        rows.append(row_of_memory(f"reserved with a CUDA graph, {what}", measured, predicted))
     return rows
 
 
@@ -147,9 +144,7 @@ def row_of_memory(what: str, measured: float, predicted: float) -> Row:
     """Bytes that were measured beside those that were predicted."""
     ratio = measured / predicted
     fine = "within 10%" if 0.9 <= ratio <= 1.1 else "NOT within 10%"
-    return Row(
-        f"{what} (theirs: predicted)", f"{measured / GIB:.3f} GiB", f"{predicted / GIB:.3f} GiB", f"{ratio:.3f}", fine
-    )
+    return Row(what, f"{measured / GIB:.3f} GiB", f"{predicted / GIB:.3f} GiB", f"{ratio:.3f}", fine)
 
 
 # --------------------------------------------------------------------------------------------------------- correctness
@@ -264,11 +259,10 @@ class RepeatedGraph(GradientGraph):
 def check_graph(setting: Setting) -> list[Row]:
     """A step that is recorded as a CUDA graph has the gradients of one that is not: with one micro-batch, with two, and
     recorded anew. A loss that cannot be recorded is computed without."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+    config = setting.config("16gb", batch_size=1 if setting.rehearsal else 4, deterministic=True)
+    train.set_process_options(config)
     try:
         torch.manual_seed(0)
-        config = setting.config("16gb", batch_size=1 if setting.rehearsal else 4, cuda_graph=False)
         step = OurStep(config, setting.model)
         trainer, kind = step.trainer, RepeatedGraph if setting.rehearsal else GradientGraph
         raw = next(step.batches)

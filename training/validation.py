@@ -166,7 +166,7 @@ class Validation:
         """Save a grid with a row for each item: control, prediction, ground truth, reconstruction, prompt. Items whose
         images have one size stand together."""
         config, model, dataset = self.trainer.config, self.trainer.model, self.samples.dataset
-        if self.trainer.graph:  # its memory is enough for drawing
+        if self.trainer.graph:  # drawing needs the memory that it keeps
             self.trainer.graph.release()
         shown, batches, drawn = [], [], []
         for positions, whole in zip(self.groups, self.batches, strict=False):  # the first round
